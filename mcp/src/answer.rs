@@ -241,6 +241,9 @@ const fn next_step(code: Code) -> &'static str {
         Code::Interrupted => "it was cancelled: call again if it is still wanted; vm_info shows the state of the VM",
         Code::Denied => "this server does not allow it: report this to the user, do not try to get around it",
         Code::IsolationRequired => "this host has no KVM: leave require_isolation out, if the user agrees",
+        Code::ConfinementRequired => {
+            "this host cannot confine QEMU fully: leave require_confinement out, if the user agrees"
+        }
         Code::QemuMissing | Code::QemuTooOld | Code::KvmUnavailable | Code::NestedUnavailable | Code::ToolMissing => {
             "the host lacks something: report this to the user, calling again does not help"
         }

@@ -72,6 +72,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     some("machine", vm.machine.clone());
     some("accel", vm.accel.clone());
     some("isolation", vm.isolation.clone());
+    some("confinement", (!vm.confinement.is_empty()).then(|| vm.confinement.join(" ")));
     some("nested", vm.nested.then(|| "the guest can run VMs".to_owned()));
     some("reason", vm.machine_reason.clone());
     some("agent", agent(vm));

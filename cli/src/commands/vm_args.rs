@@ -43,6 +43,9 @@ pub struct VmArgs {
     /// Refuse to start without hardware isolation
     #[arg(long)]
     require_isolation: bool,
+    /// Refuse to start unless QEMU is fully confined
+    #[arg(long)]
+    require_confinement: bool,
     /// Label; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
     label: Vec<(String, String)>,
@@ -129,6 +132,7 @@ impl VmArgs {
             accel: machine.accel,
             nested: machine.nested,
             require_isolation: self.require_isolation,
+            require_confinement: self.require_confinement,
             forwards: self.publish,
             ttl_ms: self.ttl,
             idle_ms: self.idle,

@@ -33,10 +33,11 @@ pub const SPAWN: Tool = Tool {
 };
 
 /// Arguments of a new VM that few callers need.
-pub const UNLISTED: [&str; 6] = ["machine", "accel", "nested", "require_isolation", "path", "start_timeout_seconds"];
+pub const UNLISTED: [&str; 7] =
+    ["machine", "accel", "nested", "require_isolation", "require_confinement", "path", "start_timeout_seconds"];
 
 /// The same of a VM that is not started yet: its description refers to vm_spawn for the others.
-const UNLISTED_IN_CREATE: [&str; 13] = [
+const UNLISTED_IN_CREATE: [&str; 14] = [
     "start_timeout_seconds",
     "cpus",
     "memory_mib",
@@ -46,6 +47,7 @@ const UNLISTED_IN_CREATE: [&str; 13] = [
     "accel",
     "nested",
     "require_isolation",
+    "require_confinement",
     "idle_seconds",
     "labels",
     ALLOW,
@@ -53,7 +55,7 @@ const UNLISTED_IN_CREATE: [&str; 13] = [
 ];
 
 /// Descriptions of the arguments of a new VM.
-const DESCRIPTIONS: [(&str, &str); 13] = [
+const DESCRIPTIONS: [(&str, &str); 14] = [
     ("name", "a-z, 0-9, -; unique."),
     ("template", "See template_list."),
     ("cpus", "Default 1."),
@@ -65,6 +67,7 @@ const DESCRIPTIONS: [(&str, &str); 13] = [
     ("accel", "tcg: emulation, slow."),
     ("nested", "Let the guest run VMs."),
     ("require_isolation", "Fail without KVM."),
+    ("require_confinement", "Fail if QEMU is not fully confined."),
     ("ttl_seconds", "Stop after so many seconds."),
     ("idle_seconds", "Or after seconds unused."),
 ];

@@ -26,7 +26,7 @@ pub const RUN: Tool = Tool {
 };
 
 /// Arguments of the command that few callers need, and those of the VM.
-const UNLISTED: [&str; 12] = [
+const UNLISTED: [&str; 13] = [
     "env",
     "directory",
     "user",
@@ -37,12 +37,13 @@ const UNLISTED: [&str; 12] = [
     "accel",
     "nested",
     "require_isolation",
+    "require_confinement",
     "path",
     "start_timeout_seconds",
 ];
 
 /// Arguments of the VM.
-const VM_PARAMETERS: [&str; 11] = [
+const VM_PARAMETERS: [&str; 12] = [
     "template",
     "cpus",
     "memory_mib",
@@ -53,6 +54,7 @@ const VM_PARAMETERS: [&str; 11] = [
     "accel",
     "nested",
     "require_isolation",
+    "require_confinement",
     "path",
 ];
 /// The argument for the start timeout, with its names for callers and in the core.

@@ -85,6 +85,36 @@ impl Transport {
     }
 }
 
+/// A layer of the confinement of QEMU's process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layer {
+    /// Namespaces of its own for users, networks and mounts, with a root directory that holds only what it needs.
+    Namespaces,
+    /// Landlock: it may use only the files that it needs.
+    Landlock,
+    /// A filter of system calls.
+    Seccomp,
+    /// It has no capabilities and can gain none.
+    NoCapabilities,
+}
+
+impl Layer {
+    /// All layers.
+    pub const ALL: [Self; 4] = [Self::Namespaces, Self::Landlock, Self::Seccomp, Self::NoCapabilities];
+
+    /// The name that is shown.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Namespaces => "namespaces",
+            Self::Landlock => "landlock",
+            Self::Seccomp => "seccomp",
+            Self::NoCapabilities => "no-capabilities",
+        }
+    }
+}
+
 /// A machine, decided in every respect that QEMU's command line shows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -106,6 +136,9 @@ pub struct Machine {
     pub tb_size_mib: Option<u32>,
     /// The rate of the guest's time-stamp counter in kHz, passed to its kernel; under TCG only.
     pub tsc_khz: Option<u32>,
+    /// The layers that confine QEMU's process.
+    #[serde(default)]
+    pub confinement: Vec<Layer>,
     /// One sentence: why this machine type and this accelerator.
     pub reason: String,
     /// Warnings for the user.

@@ -96,6 +96,9 @@ pub struct VmSpec {
     /// Refuse to run without hardware isolation.
     #[serde(default)]
     pub require_isolation: bool,
+    /// Refuse to run unless QEMU's process is confined by all layers.
+    #[serde(default)]
+    pub require_confinement: bool,
     /// Provide virtualization in the guest.
     #[serde(default)]
     pub nested: bool,
@@ -156,6 +159,7 @@ impl VmSpec {
             machine: MachineChoice::default(),
             accel: AccelChoice::default(),
             require_isolation: false,
+            require_confinement: false,
             nested: false,
             forwards: Vec::new(),
             ttl_ms: None,
@@ -205,6 +209,9 @@ pub struct SpawnRequest {
     /// Refuse to run without hardware isolation.
     #[serde(default)]
     pub require_isolation: bool,
+    /// Refuse to run unless QEMU's process is confined by all layers.
+    #[serde(default)]
+    pub require_confinement: bool,
     /// Provide virtualization in the guest.
     #[serde(default)]
     pub nested: bool,
@@ -264,6 +271,7 @@ impl SpawnRequest {
             machine: self.machine,
             accel: self.accel,
             require_isolation: self.require_isolation,
+            require_confinement: self.require_confinement,
             nested: self.nested,
             forwards: self.forwards,
             ttl_ms: self.ttl_ms,

@@ -36,6 +36,10 @@ pub struct VmInfo {
     pub accel: Option<String>,
     /// `hardware` or `emulation`, once selected.
     pub isolation: Option<String>,
+    /// The layers that confine QEMU's process on the host: `namespaces`, `landlock`, `seccomp`, `no-capabilities`. Empty until the
+    /// machine is selected, and for a VM that an earlier version started.
+    #[serde(default)]
+    pub confinement: Vec<String>,
     /// Whether it can run VMs itself.
     pub nested: bool,
     /// Virtual CPUs.

@@ -33,6 +33,9 @@ impl From<Refusal> for Error {
                 vec![check_kvm(), Hint::command_line("start it without isolation: nido start NAME --accel tcg")],
             ),
             Refusal::IsolationRequired { .. } => (Code::IsolationRequired, vec![check_kvm()]),
+            Refusal::ConfinementRequired { .. } => {
+                (Code::ConfinementRequired, vec![Hint::host("see what this host allows with nido doctor")])
+            }
             Refusal::SpecInvalid { .. } => (Code::SpecInvalid, vec![Hint::host("check the host with nido doctor")]),
             Refusal::QemuTooOld { .. } => {
                 (Code::QemuTooOld, vec![Hint::host("install a newer qemu-system-x86, or name one with --qemu")])

@@ -51,6 +51,8 @@ pub struct MachineRequest {
     pub nested: bool,
     /// Refuse to run without hardware isolation.
     pub require_isolation: bool,
+    /// Refuse to run unless all layers of QEMU's confinement are available.
+    pub require_confinement: bool,
     /// What ran it at its last start. A VM that ran under KVM runs under TCG only if TCG is requested.
     pub ran_under: Option<Accel>,
     /// The CID reserved for this VM, used where the kernel offers vsock.
@@ -83,6 +85,12 @@ pub enum Refusal {
     IsolationRequired {
         /// Why there is none.
         why: String,
+    },
+    /// Confinement was requested, and a layer is not available.
+    #[error("full confinement of QEMU is required, and this host lacks {missing}")]
+    ConfinementRequired {
+        /// The layers, with reasons.
+        missing: String,
     },
     /// VMs inside the VM were requested, and the host's KVM does not allow them.
     #[error("the host does not allow nested VMs: the parameter `nested` of its module {module} is off")]
@@ -121,6 +129,9 @@ pub enum Refusal {
 pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> Result<Machine, Refusal> {
     check_qemu(request, qemu)?;
     check_spec(request, host)?;
+    if let (true, Some(missing)) = (request.require_confinement, host.confinement.shortfall()) {
+        return Err(Refusal::ConfinementRequired { missing });
+    }
     let mut warnings = Vec::new();
     let (accel, accel_reason) = accelerator(request, host, qemu, &mut warnings)?;
     if let (true, Accel::Kvm, Nesting::Off { module }) = (request.nested, accel, host.nesting) {
@@ -137,6 +148,7 @@ pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> R
             request.memory_mib, host.memory_available_mib
         ));
     }
+    warnings.extend(host.confinement.warning());
     Ok(Machine {
         machine,
         accel,
@@ -147,6 +159,7 @@ pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> R
         transport: transport(request.cid, machine, host, qemu),
         tb_size_mib: (accel == Accel::Tcg).then(|| tb_size_mib(request.memory_mib, request.nested)),
         tsc_khz,
+        confinement: host.confinement.layers(),
         reason: format!("{machine_reason}; {accel_reason}"),
         warnings,
     })

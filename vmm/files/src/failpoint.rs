@@ -16,6 +16,9 @@
 #[cfg(all(feature = "failpoints", not(debug_assertions)))]
 compile_error!("the feature `failpoints` is for tests: a build with optimizations must not contain it");
 
+/// Whether this is a build for tests, in which a script that stands for QEMU runs the guest agent on the host, unconfined.
+pub const ENABLED: bool = cfg!(feature = "failpoints");
+
 /// Whether a background process inherits this variable, because a failpoint is configured by it.
 #[cfg(not(feature = "failpoints"))]
 #[must_use]

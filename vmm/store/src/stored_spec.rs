@@ -38,6 +38,8 @@ struct StoredSpec {
     #[serde(default)]
     require_isolation: bool,
     #[serde(default)]
+    require_confinement: bool,
+    #[serde(default)]
     nested: bool,
     #[serde(default)]
     forwards: Vec<ForwardSpec>,
@@ -115,6 +117,7 @@ impl From<VmSpec> for StoredSpec {
             machine,
             accel,
             require_isolation,
+            require_confinement,
             nested,
             forwards,
             ttl_ms,
@@ -136,6 +139,7 @@ impl From<VmSpec> for StoredSpec {
             machine,
             accel,
             require_isolation,
+            require_confinement,
             nested,
             forwards,
             ttl_ms,
@@ -161,6 +165,7 @@ impl From<StoredSpec> for VmSpec {
             machine: stored.machine,
             accel: stored.accel,
             require_isolation: stored.require_isolation,
+            require_confinement: stored.require_confinement,
             nested: stored.nested,
             forwards: stored.forwards,
             ttl_ms: stored.ttl_ms,

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::on_one_line;
+use nido_engine::confine::{self, Confinement};
 use nido_engine::home::{
     CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK,
 };
-use nido_engine::host::QemuFacts;
+use nido_engine::host::{self, QemuFacts};
 use nido_engine::machine::Machine;
 use nido_engine::qemu::argv::{Disk, Files, Memory, flatten, parts};
-use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuExit, QemuProcess, process};
+use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuExit, QemuProcess, needs, process};
 use nido_files::lock::HeldLock;
 use nido_files::private_dir::remove_socket;
 use nido_store::{Origin, Purpose, VmRow};
@@ -201,9 +202,26 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
     let _ = std::fs::write(CONSOLE_LOG, b"");
     let args = flatten(parts(machine, &files));
     let program = qemu.path.as_path();
-    tracing::info!(program = %program.display(), ?args, "starting QEMU");
-    QemuProcess::spawn(process::Launch { program, args: &args, vm_dir: Path::new("."), log, lock: lock.file() })
-        .map_err(|e| Error::io(format!("cannot start {}", program.display()), e))
+    let confinement = confinement(machine, &files, program)?;
+    tracing::info!(program = %program.display(), ?args, confinement = ?machine.confinement, "starting QEMU");
+    let vm_dir = Path::new(".");
+    QemuProcess::spawn(process::Launch { program, args: &args, vm_dir, log, lock: lock.file(), confinement }).map_err(
+        |e| {
+            // A verdict on the host that does not hold any more is not for the next start.
+            host::confinement::invalidate(&home.cache());
+            Error::io(format!("cannot start {}", program.display()), e)
+        },
+    )
+}
+
+/// Prepares what QEMU may do on the host: what was decided with the machine. The working directory is the VM's.
+fn confinement(machine: &Machine, files: &Files, program: &Path) -> Result<Option<Confinement>> {
+    let broken = |e| Error::io("cannot confine QEMU", e);
+    let needs = needs(machine, files, program, &std::env::current_dir().map_err(broken)?);
+    if nido_files::failpoint::ENABLED && needs.is_script {
+        return Ok(None);
+    }
+    Confinement::prepare(confine::plan::plan(&needs), &machine.confinement).map(Some).map_err(broken)
 }
 
 /// Finds the QEMU behind the VM's monitor; its connection is returned if it replies. The working directory is the VM's.

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 /// Of a machine that is started.
 const START: &[Code] = &[
     Code::IsolationRequired,
+    Code::ConfinementRequired,
     Code::TemplateMismatch,
     Code::PortInUse,
     Code::LimitExceeded,

@@ -102,6 +102,7 @@ fn vm(name: &str) -> Value {
         "machine_reason": "microvm: this QEMU has it",
         "accel": "kvm",
         "isolation": "hardware",
+        "confinement": ["namespaces", "landlock", "seccomp", "no-capabilities"],
         "nested": false,
         "cpus": 1,
         "memory_mib": 512,

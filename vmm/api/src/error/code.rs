@@ -69,6 +69,7 @@ codes! {
     KvmUnavailable "kvm_unavailable" Unavailable 503 "KVM cannot be used";
     NestedUnavailable "nested_unavailable" Unavailable 503 "The host does not allow nested VMs";
     IsolationRequired "isolation_required" Denied 403 "Hardware isolation is required";
+    ConfinementRequired "confinement_required" Denied 403 "Confinement of QEMU is required";
     GuestFailed "guest_failed" Unavailable 503 "The guest failed";
     AgentUnreachable "agent_unreachable" Unavailable 504 "The guest agent does not reply";
     AgentVersion "agent_version" Conflict 409 "The guest agent has another protocol version";

@@ -173,6 +173,7 @@ pub(super) fn machine_request(spec: &VmSpec, disk_bytes: u64, cid: u32) -> Machi
         net: spec.net,
         nested: spec.nested,
         require_isolation: spec.require_isolation,
+        require_confinement: spec.require_confinement,
         ran_under: None,
         cid,
     }

@@ -13,8 +13,8 @@ use nido_engine::snapshot;
 use nido_files::random;
 
 use self::checks::{
-    check, check_cgroups, check_disk, check_kvm, check_machine, check_memory, check_nesting, check_qemu, check_unit,
-    check_user, check_vsock, check_webhooks,
+    check, check_cgroups, check_confinement, check_disk, check_kvm, check_machine, check_memory, check_nesting,
+    check_qemu, check_unit, check_user, check_vsock, check_webhooks,
 };
 use crate::nido::reconcile::{Finding, Plan, RemovalCounts, Repair, Scope, VmRepair};
 use crate::nido::{Nido, OpenOptions};
@@ -252,6 +252,7 @@ async fn check_host(
     checks.extend(qemu.as_ref().ok().map(|qemu| check_machine(&host, qemu)));
     checks.push(check_nesting(&host));
     checks.push(check_vsock(&host));
+    checks.push(check_confinement(&host));
     checks.push(check_user(&host));
     checks.push(check_unit());
     checks.push(check_memory(&host));

@@ -197,6 +197,9 @@ impl Nido {
             machine_reason: machine.map(|m| m.reason.clone()),
             accel: machine.map(|m| m.accel.name().into()),
             isolation: machine.map(|m| m.accel.isolation().into()),
+            confinement: machine
+                .map(|m| m.confinement.iter().map(|layer| layer.name().into()).collect())
+                .unwrap_or_default(),
             nested: row.spec.nested,
             cpus: row.spec.cpus,
             memory_mib: row.spec.memory_mib,

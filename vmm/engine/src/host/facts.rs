@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{KvmVerdict, VsockVerdict, cache, kvm, kvm_features, tsc, vsock};
+use super::{ConfinementSupport, KvmVerdict, VsockVerdict, cache, confinement, kvm, kvm_features, tsc, vsock};
 
 /// What this host offers, QEMU apart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +29,8 @@ pub struct HostFacts {
     pub vsock: VsockVerdict,
     /// Whether guests of this host's KVM may have KVM of their own.
     pub nesting: Nesting,
+    /// Which layers of QEMU's confinement the host allows.
+    pub confinement: ConfinementSupport,
     /// Identifies the host's current boot; empty if unknown.
     pub boot_id: String,
     /// The user nido runs as.
@@ -105,6 +107,7 @@ pub fn gather(cache_dir: &Path) -> HostFacts {
         kvm,
         vsock: vsock::probe(),
         nesting: nesting(Path::new("/sys/module")),
+        confinement: confinement::probe(cache_dir),
         boot_id: super::boot::boot_id().unwrap_or_default(),
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),

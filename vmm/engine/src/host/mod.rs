@@ -7,6 +7,7 @@
 
 mod boot;
 mod cache;
+pub mod confinement;
 pub mod daemon;
 pub mod facts;
 pub mod kvm;
@@ -18,6 +19,7 @@ mod tsc;
 pub mod vm_processes;
 pub mod vsock;
 
+pub use confinement::ConfinementSupport;
 pub use facts::{HostFacts, KvmModule, Nesting};
 pub use kvm::KvmVerdict;
 pub use qemu::{QemuFacts, QemuProbeError, QemuVersion};

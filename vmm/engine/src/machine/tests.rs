@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::host::KvmModule;
+use crate::host::{ConfinementSupport, KvmModule};
 
 /// A QEMU that can do everything, at the oldest version.
 pub fn qemu_facts() -> QemuFacts {
@@ -35,6 +35,7 @@ fn host(kvm: KvmVerdict) -> HostFacts {
         kvm,
         vsock: VsockVerdict::Absent,
         nesting: Nesting::Unknown,
+        confinement: ConfinementSupport::full(),
         boot_id: String::new(),
         uid: 1000,
         gid: 1000,
@@ -51,6 +52,7 @@ fn request() -> MachineRequest {
         net: NetChoice::Nat,
         nested: false,
         require_isolation: false,
+        require_confinement: false,
         ran_under: None,
         cid: 3,
     }
@@ -248,4 +250,17 @@ proptest! {
             prop_assert!(request.nested || machine.cpu_model.ends_with(",-vmx,-svm"));
         }
     }
+}
+
+#[test]
+fn a_missing_layer_is_a_warning_unless_confinement_is_required() {
+    let confinement = ConfinementSupport { landlock: 0, ..ConfinementSupport::full() };
+    let less = HostFacts { confinement, ..host(WORKS) };
+    let machine = decide(&request(), &less, &qemu_facts()).unwrap();
+    assert!(!machine.confinement.contains(&nido_api::machine::Layer::Landlock));
+    assert!(machine.warnings.iter().any(|warning| warning.contains("confined without landlock")), "{machine:?}");
+    let strict = MachineRequest { require_confinement: true, ..request() };
+    let refused = decide(&strict, &less, &qemu_facts()).unwrap_err();
+    assert!(matches!(refused, Refusal::ConfinementRequired { .. }), "{refused}");
+    assert!(decide(&strict, &host(WORKS), &qemu_facts()).unwrap().warnings.is_empty());
 }

@@ -8,7 +8,7 @@ use nido_api::{AccelChoice, MachineChoice, NetChoice};
 
 use super::argv::{Disk, Files, Memory, Part, devices, flatten, parts};
 use crate::host::qemu::MINIMUM_VERSION;
-use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, QemuVersion, VsockVerdict};
+use crate::host::{ConfinementSupport, HostFacts, KvmVerdict, Nesting, QemuFacts, QemuVersion, VsockVerdict};
 use crate::machine::tests::qemu_facts;
 use crate::machine::{Machine, MachineRequest, Transport, decide};
 
@@ -54,6 +54,7 @@ fn machine_on(qemu: &QemuFacts, kind: MachineChoice, accel: AccelChoice, vsock: 
         net: NetChoice::Nat,
         nested,
         require_isolation: false,
+        require_confinement: false,
         ran_under: None,
         cid: 4711,
     };
@@ -66,6 +67,7 @@ fn machine_on(qemu: &QemuFacts, kind: MachineChoice, accel: AccelChoice, vsock: 
         kvm: KvmVerdict::Usable { micros: 20 },
         vsock,
         nesting: Nesting::On,
+        confinement: ConfinementSupport::full(),
         boot_id: String::new(),
         uid: 1000,
         gid: 1000,

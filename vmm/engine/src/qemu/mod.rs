@@ -9,7 +9,9 @@ mod argv_golden;
 pub mod migration;
 pub mod monitor;
 mod monitor_wire;
+mod needs;
 pub mod process;
 
 pub use monitor::{Monitor, MonitorError, MonitorEvent};
+pub use needs::needs;
 pub use process::{Launch, QemuExit, QemuProcess};

@@ -18,6 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::confine::{Confinement, Failure, Step};
 use crate::host::daemon::{close_descriptors_at_exec, reset_signals, set_qemu_environment};
 
 /// How to start QEMU.
@@ -33,6 +34,8 @@ pub struct Launch<'a> {
     pub log: File,
     /// The VM's locked file (see [`nido_files::lock`]), which it inherits.
     pub lock: &'a File,
+    /// What it may do on the host. Without one it may do what its user may, but gain no privileges.
+    pub confinement: Option<Confinement>,
 }
 
 /// How QEMU ended.
@@ -60,7 +63,7 @@ impl QemuProcess {
     /// its guest; they are the supervisor's. That it was started does not mean that it keeps running.
     ///
     /// # Errors
-    /// The program cannot be executed or the system has no room for it.
+    /// The program cannot be executed or the system has no room for it, or a layer of its confinement cannot be put in force.
     pub fn spawn(launch: Launch<'_>) -> io::Result<Self> {
         let lock_fd = launch.lock.as_raw_fd();
         let mut command = Command::new(launch.program);
@@ -71,9 +74,10 @@ impl QemuProcess {
             .stdin(Stdio::null())
             .stdout(launch.log.try_clone()?)
             .stderr(launch.log);
+        let mut confinement = launch.confinement;
         // SAFETY: `prepare` makes system calls only; it neither allocates nor locks.
-        unsafe { command.pre_exec(move || prepare(lock_fd)) };
-        let mut child = command.spawn()?;
+        unsafe { command.pre_exec(move || prepare(lock_fd, confinement.as_mut())) };
+        let mut child = command.spawn().map_err(confinement_error)?;
         let pid = Pid::from_child(&child);
         // The child is not waited for yet, so its number cannot belong to another process.
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).inspect_err(|_| {
@@ -180,17 +184,35 @@ pub fn peer_pid(socket: impl AsFd) -> io::Result<Pid> {
     Pid::from_raw(getsockopt(&socket, PeerCredentials)?.pid()).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
+/// A failure of the child's as one number, which is all that it can report to its parent.
+const fn coded(failure: Failure) -> i32 {
+    ((failure.step as i32 + 1) << 16) | failure.errno
+}
+
+/// What the child reported, in words.
+fn confinement_error(error: io::Error) -> io::Error {
+    let code = error.raw_os_error().unwrap_or(0);
+    let Some(step) = Step::ALL.into_iter().find(|step| (*step as i32 + 1) == code >> 16) else { return error };
+    let why = io::Error::from_raw_os_error(code & 0xffff);
+    io::Error::new(why.kind(), format!("its process cannot be confined: {}: {why}", step.name().to_string_lossy()))
+}
+
 /// What happens in the child between fork and exec: system calls and nothing else.
-fn prepare(lock_fd: RawFd) -> io::Result<()> {
+fn prepare(lock_fd: RawFd, confinement: Option<&mut Confinement>) -> io::Result<()> {
     let done = |result: libc::c_int| if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     reset_signals();
     // SAFETY: plain system calls on values of this frame.
     unsafe {
         done(libc::setsid())?;
-        libc::umask(0o177);
         done(libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core))?;
         done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+        // The directories of a new root must be usable.
+        libc::umask(0o022);
+        confinement
+            .map_or(Ok(()), Confinement::enter)
+            .map_err(|failure| io::Error::from_raw_os_error(coded(failure)))?;
+        libc::umask(0o177);
         let mut blocked: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut blocked);
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
@@ -218,8 +240,15 @@ mod tests {
         let lock = HeldLock::try_take(&dir.join("vm.lock")).unwrap().unwrap();
         let log = OpenOptions::new().append(true).create(true).open(dir.join("qemu.log")).unwrap();
         let args: Vec<OsString> = args.iter().map(Into::into).collect();
-        QemuProcess::spawn(Launch { program: program.as_ref(), args: &args, vm_dir: dir, log, lock: lock.file() })
-            .unwrap()
+        QemuProcess::spawn(Launch {
+            program: program.as_ref(),
+            args: &args,
+            vm_dir: dir,
+            log,
+            lock: lock.file(),
+            confinement: None,
+        })
+        .unwrap()
     }
 
     async fn ended(process: &QemuProcess) -> QemuExit {

@@ -63,6 +63,8 @@ pub struct VmOrder {
     #[serde(default)]
     pub require_isolation: bool,
     #[serde(default)]
+    pub require_confinement: bool,
+    #[serde(default)]
     pub nested: bool,
     #[serde(default)]
     pub forwards: Vec<ForwardCommand>,
@@ -93,6 +95,7 @@ impl From<VmSpec> for VmOrder {
             machine: spec.machine,
             accel: spec.accel,
             require_isolation: spec.require_isolation,
+            require_confinement: spec.require_confinement,
             nested: spec.nested,
             forwards: spec.forwards.into_iter().map(ForwardCommand::from).collect(),
             ttl_ms: spec.ttl_ms,
@@ -120,6 +123,7 @@ impl From<VmOrder> for VmSpec {
             machine: order.machine,
             accel: order.accel,
             require_isolation: order.require_isolation,
+            require_confinement: order.require_confinement,
             nested: order.nested,
             forwards: order.forwards.into_iter().map(ForwardSpec::from).collect(),
             ttl_ms: order.ttl_ms,

@@ -13,7 +13,7 @@ const LINES_OF_AN_OLDER_CLIENT: [&str; 9] = [
     r#"{"op":"lease"}"#,
     r#"{"op":"forward_add","forward":{"host":"127.0.0.1","host_port":0,"guest_port":80}}"#,
     r#"{"op":"retire"}"#,
-    r#"{"op":"claim","spec":{"name":"web","template":"sandbox","cpus":1,"memory_mib":512,"disk_bytes":null,"net":"none","machine":"auto","accel":"auto","require_isolation":false,"nested":false,"forwards":[],"ttl_ms":60000,"idle_ms":null,"ephemeral":true,"labels":{}},"disk_bytes":1073741824,"reason":"KVM","warnings":[],"asked_ms_ago":3.5,"ready_within_ms":null,"ticket":"t","owner":null,"max_vms":null}"#,
+    r#"{"op":"claim","spec":{"name":"web","template":"sandbox","cpus":1,"memory_mib":512,"disk_bytes":null,"net":"none","machine":"auto","accel":"auto","require_isolation":false,"require_confinement":false,"nested":false,"forwards":[],"ttl_ms":60000,"idle_ms":null,"ephemeral":true,"labels":{}},"disk_bytes":1073741824,"reason":"KVM","warnings":[],"asked_ms_ago":3.5,"ready_within_ms":null,"ticket":"t","owner":null,"max_vms":null}"#,
 ];
 
 #[test]

@@ -62,7 +62,7 @@ fn memory_part(path: &Path) -> Result<Part> {
     Ok(Part { sha256, bytes: file.metadata().map_err(broken)?.len() })
 }
 
-/// An older QEMU opens the image for writing although it maps it privately, and only root may do that without the right.
+/// An older QEMU opens the image for writing although it maps it privately, and root's has no capabilities either.
 fn memory_mode(qemu: &QemuFacts) -> u32 {
-    if qemu.memory_file_rom || rustix::process::geteuid().is_root() { 0o400 } else { 0o600 }
+    if qemu.memory_file_rom { 0o400 } else { 0o600 }
 }

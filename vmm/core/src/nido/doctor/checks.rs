@@ -5,6 +5,7 @@ use nido_api::error::{Error, Result};
 use nido_api::{
     AccelChoice, CheckStatus, DoctorCheck, MachineChoice, NetChoice, WebhookInfo, default_cpus, default_memory_mib,
 };
+use nido_engine::confine::Layer;
 use nido_engine::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, kvm, qemu, scope};
 use nido_engine::machine::{self, MachineRequest};
 
@@ -96,6 +97,7 @@ pub(super) fn check_machine(host: &HostFacts, qemu: &QemuFacts) -> DoctorCheck {
             net,
             nested: false,
             require_isolation: false,
+            require_confinement: false,
             ran_under: None,
             cid: *machine::GUEST_CIDS.start(),
         };
@@ -152,6 +154,20 @@ pub(super) fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorChe
                 KvmVerdict::Absent => plain.hint("modprobe kvm_intel or kvm_amd; in a VM, its host must allow nesting"),
                 KvmVerdict::Usable { .. } => plain,
             }
+        }
+    }
+}
+
+/// How far QEMU's processes are confined.
+pub(super) fn check_confinement(host: &HostFacts) -> DoctorCheck {
+    let names: Vec<_> = host.confinement.layers().into_iter().map(Layer::name).collect();
+    let (names, version) = (names.join(", "), host.confinement.landlock);
+    match host.confinement.shortfall() {
+        None => check("confinement", CheckStatus::Ok, format!("QEMU: {names} (Landlock version {version})")),
+        Some(missing) => {
+            check("confinement", CheckStatus::Warning, format!("QEMU: {names}; without {missing}")).hint(
+                "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns) and Landlock (lsm=)",
+            )
         }
     }
 }
