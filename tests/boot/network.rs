@@ -151,6 +151,45 @@ fn reader_is(vm: &Vm<'_>, wanted: &str) {
 }
 
 #[test]
+fn a_running_vm_follows_changes_of_its_rules() {
+    let home = TestHome::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        for mut client in listener.incoming().flatten() {
+            // One line for those that read, and an open connection for those that wait.
+            let _ = client.write_all(b"hello\n");
+            kept.push(client);
+        }
+    });
+    let rule = format!("host:{port}");
+    let vm = home.spawn("web", &["--net", "restricted"]);
+    assert_eq!(reach(&vm, "10.0.2.2", port), "ECONNREFUSED");
+    let shown = home.nido(["net", "show", "web"]).text();
+    assert!(shown.contains(&format!("nido net allow web '{rule}' allows it")), "{shown}");
+    home.nido(["net", "allow", "web", &rule]).ok();
+    assert_eq!(reach(&vm, "10.0.2.2", port), "hello");
+    let script = format!(
+        "import socket, errno\n\
+         s = socket.create_connection(('10.0.2.2', {port})); s.recv(6); open('/run/reader', 'w').write('connected')\n\
+         try: end = repr(s.recv(1))\n\
+         except OSError as e: end = errno.errorcode[e.errno]\n\
+         open('/run/reader', 'w').write(end)"
+    );
+    vm.exec(["sh", "-c", "nohup python3 -c \"$0\" >/dev/null 2>&1 &", &script]).ok();
+    reader_is(&vm, "connected");
+    home.nido(["net", "deny", "web", &rule]).ok();
+    reader_is(&vm, "ECONNRESET");
+    assert_eq!(reach(&vm, "10.0.2.2", port), "ECONNREFUSED");
+    // A stopped VM has the rule from its next start.
+    vm.nido("stop", &["--force"]).ok();
+    home.nido(["net", "allow", "web", &rule]).ok();
+    vm.nido("start", &[]).ok();
+    assert_eq!(reach(&vm, "10.0.2.2", port), "hello");
+}
+
+#[test]
 fn connections_from_before_are_reset_where_they_have_no_other_end() {
     let home = TestHome::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

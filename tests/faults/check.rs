@@ -38,7 +38,7 @@ const HOME_FILES: [&str; 22] = [
     "guardian.lock",
 ];
 /// The files in the directory of a stopped VM. Sockets of a supervisor that was killed may.
-const VM_FILES: [&str; 19] = [
+const VM_FILES: [&str; 21] = [
     "vm.json",
     "supervisor.lock",
     "vm.lock",
@@ -48,6 +48,8 @@ const VM_FILES: [&str; 19] = [
     "channel.sock",
     "agent.sock",
     "control.sock",
+    "net.sock",
+    "net-qemu.sock",
     "snapshots",
     "console.log",
     "console.log.1",

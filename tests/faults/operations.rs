@@ -37,6 +37,10 @@ fn has_forward(rig: &Rig) -> bool {
     rig.info("op").is_some_and(|info| info["forwards"].as_array().is_some_and(|all| !all.is_empty()))
 }
 
+fn has_rule(rig: &Rig) -> bool {
+    rig.info("op").is_some_and(|info| info["allow"].as_array().is_some_and(|all| !all.is_empty()))
+}
+
 fn has_template(rig: &Rig, name: &str) -> bool {
     rig.nido(&format!("template info {name}")).run().code() == 0
 }
@@ -160,7 +164,7 @@ pub const BASIC: [Operation; 11] = [
     },
 ];
 
-pub const COPIES: [Operation; 11] = [
+pub const COPIES: [Operation; 14] = [
     Operation {
         name: "snapshot create",
         prepare: &[SPAWN, "stop op"],
@@ -238,6 +242,27 @@ pub const COPIES: [Operation; 11] = [
         arrange: nothing,
         command: "forward rm op 80",
         done: |rig| !has_forward(rig),
+    },
+    Operation {
+        name: "net allow",
+        prepare: &[SPAWN],
+        arrange: nothing,
+        command: "net allow op host:80",
+        done: has_rule,
+    },
+    Operation {
+        name: "net allow of a stopped VM",
+        prepare: &[SPAWN, "stop op"],
+        arrange: nothing,
+        command: "net allow op host:80",
+        done: has_rule,
+    },
+    Operation {
+        name: "net deny",
+        prepare: &["spawn op --accel tcg --allow host:80"],
+        arrange: nothing,
+        command: "net deny op host:80",
+        done: |rig| !has_rule(rig),
     },
 ];
 

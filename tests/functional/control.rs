@@ -21,11 +21,11 @@ fn send_request(home: &Home, id: &str, line: &str) -> Value {
     serde_json::from_str(&last).unwrap()
 }
 
-fn vm_dir(home: &Home, id: &str) -> PathBuf {
+pub fn vm_dir(home: &Home, id: &str) -> PathBuf {
     home.path().join("vms").join(id)
 }
 
-fn pid_of(home: &Home, word: &str) -> Pid {
+pub fn pid_of(home: &Home, word: &str) -> Pid {
     let found = processes::of(&home.path()).into_iter().find(|(_, line)| line.contains(word));
     found.unwrap_or_else(|| panic!("no process {word}")).0
 }
@@ -47,13 +47,18 @@ fn a_client_is_replied_to_in_its_version() {
 }
 
 /// Takes the place of the VM's supervisor, replies to each connection with the next line, and returns the requests.
-fn play_supervisor(home: &Home, id: &str, replies: &'static [&'static str]) -> std::thread::JoinHandle<Vec<Value>> {
-    processes::kill(pid_of(home, " supervise "));
-    let lock = HeldLock::try_take(&vm_dir(home, id).join("supervisor.lock"))
-        .unwrap()
-        .expect("the lock of a killed supervisor");
+pub fn play_supervisor(home: &Home, id: &str, replies: &'static [&'static str]) -> std::thread::JoinHandle<Vec<Value>> {
+    let path = vm_dir(home, id).join("supervisor.lock");
+    // The guardian may have started another one at once: that is killed as well.
+    let lock = until("the lock of a killed supervisor", || {
+        let supervisors = processes::of(&home.path()).into_iter().filter(|(_, line)| line.contains(" supervise "));
+        for (pid, _) in supervisors {
+            processes::kill_if_alive(pid);
+        }
+        HeldLock::try_take(&path).unwrap()
+    });
     let socket = vm_dir(home, id).join("control.sock");
-    std::fs::remove_file(&socket).unwrap();
+    let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).unwrap();
     std::thread::spawn(move || {
         let _lock = lock;

@@ -47,6 +47,7 @@ mod mcp_protocol;
 mod mcp_spec;
 mod mcp_tools;
 mod network;
+mod network_rules;
 mod paused;
 mod pool;
 mod rebuild;

@@ -23,7 +23,7 @@ use super::operation_view::ApiOperation as PendingOperation;
 use super::{openapi_links, routes};
 
 /// What each noun is about.
-const TAGS: [(&str, &str); 12] = [
+const TAGS: [(&str, &str); 13] = [
     ("host", "The host, and the server's own health."),
     ("audit", "The audit log: callers, operations and results."),
     ("vms", "Create, start, stop and delete virtual machines."),
@@ -31,6 +31,7 @@ const TAGS: [(&str, &str); 12] = [
     ("files", "Files of a VM, streamed."),
     ("snapshots", "Save and restore the state of a VM."),
     ("forwards", "Ports of a guest published on the host."),
+    ("network", "What a guest may reach, and what it was refused."),
     ("templates", "Root disks and kernels from which VMs are created."),
     ("pools", "VMs that are started in advance."),
     ("webhooks", "Endpoints to which events are posted."),

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use nido_api::egress::{Denial, NetworkInfo};
-use nido_api::{VmInfo, VmList};
+use nido_api::{EgressRule, VmInfo, VmList};
 
 use super::Context;
 use super::ls::between;
@@ -80,7 +80,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     for rule in &vm.allow {
         some("allow", Some(rule.to_string()));
     }
-    facts.extend(vm.network.as_ref().map(traffic).unwrap_or_default());
+    facts.extend(vm.network.as_ref().map(|network| traffic(network, as_option)).unwrap_or_default());
     let mut some = |key, value: Option<String>| facts.extend(value.map(|value| (key, value)));
     some("address", vm.ip_address.clone());
     some("ssh", vm.ssh_command.clone());
@@ -114,12 +114,12 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     facts
 }
 
-/// What the network has done, and what it refused.
-fn traffic(network: &NetworkInfo) -> Vec<(&'static str, String)> {
+/// What the network has done, and what it refused; `remedy` says how a rule is added.
+pub(super) fn traffic(network: &NetworkInfo, remedy: impl Fn(&EgressRule) -> String) -> Vec<(&'static str, String)> {
     let NetworkInfo { sent_bytes, received_bytes, open, denied, denials, .. } = network;
     let bytes = format!("{} sent, {} received, {open} open", show_bytes(*sent_bytes), show_bytes(*received_bytes));
     let mut facts = vec![("traffic", bytes)];
-    facts.extend(denials.iter().map(|denial| ("denied", refusal(denial))));
+    facts.extend(denials.iter().map(|denial| ("denied", refusal_with(denial, &remedy))));
     let others = denied.saturating_sub(denials.iter().map(|denial| denial.count).sum());
     facts.extend((others > 0).then(|| ("denied", format!("{others} × others"))));
     facts
@@ -127,7 +127,16 @@ fn traffic(network: &NetworkInfo) -> Vec<(&'static str, String)> {
 
 /// A refusal, and what would have allowed it.
 pub(super) fn refusal(denial: &Denial) -> String {
-    let rule = denial.rule.as_ref().map(|rule| format!("; --allow {rule} allows it")).unwrap_or_default();
+    refusal_with(denial, as_option)
+}
+
+/// The option that allows it at the creation of a VM.
+fn as_option(rule: &EgressRule) -> String {
+    format!("--allow {rule}")
+}
+
+fn refusal_with(denial: &Denial, remedy: impl Fn(&EgressRule) -> String) -> String {
+    let rule = denial.rule.as_ref().map(|rule| format!("; {} allows it", remedy(rule))).unwrap_or_default();
     format!("{} × {} ({}){rule}", denial.count, denial.what(), denial.reason.name())
 }
 

@@ -27,6 +27,7 @@ mod ls;
 mod man;
 mod mcp_install;
 mod mcp_server;
+mod net;
 mod pause;
 mod pool;
 mod pool_fill;
@@ -100,6 +101,7 @@ pub enum Verb {
     Logs(logs::Args),
     Events(events::Args),
     Forward(forward::Args),
+    Net(net::Args),
     Proxy(proxy::Args),
     Snapshot(snapshot::Args),
     Fork(fork::Args),
@@ -177,6 +179,7 @@ impl Verb {
             Self::Logs(args) => args.run(cx).await,
             Self::Events(args) => args.run(cx).await,
             Self::Forward(args) => args.run(cx).await,
+            Self::Net(args) => args.run(cx).await,
             Self::Proxy(args) => args.run(cx).await,
             Self::Snapshot(args) => args.run(cx).await,
             Self::Fork(args) => Box::pin(args.run(cx)).await,

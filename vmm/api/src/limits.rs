@@ -1,7 +1,7 @@
 //! What a caller may make, and who owns it then. Pure.
 //!
 //! Invariant: what is absent does not limit; a list that is there allows what is in it and nothing else, also when it is empty. The core
-//! asks here before it makes a VM, forks one or publishes a port, so that every front end has the same limits.
+//! asks here before it makes a VM, forks one, publishes a port or adds a rule, so that every front end has the same limits.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -115,15 +115,25 @@ impl Limits {
             (None, None) if self.ttl_required => Err(exceeded("ttl_ms: required here".into())),
             (ttl, most) => at_most("ttl_ms", ttl.unwrap_or(0), most),
         }?;
-        if self.net.as_ref().is_some_and(|net| !net.contains(&spec.net)) {
-            let allowed = self.net.iter().flatten().map(|net| net.name());
-            return Err(not_among("net", spec.net.name(), allowed.map(str::to_owned)));
-        }
+        self.check_net(spec.net)?;
         if self.templates.as_ref().is_some_and(|templates| !templates.contains(&spec.template)) {
             let allowed = self.templates.iter().flatten().map(|name| name.as_str().to_owned());
             return Err(not_among("template", spec.template.as_str(), allowed));
         }
         spec.forwards.iter().try_for_each(|forward| self.check_forward(forward))
+    }
+
+    /// Whether a VM may have this network.
+    ///
+    /// # Errors
+    /// `denied`.
+    pub fn check_net(&self, net: NetChoice) -> Result<()> {
+        match &self.net {
+            Some(allowed) if !allowed.contains(&net) => {
+                Err(not_among("net", net.name(), allowed.iter().map(|net| net.name().to_owned())))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether a port may be published there.

@@ -29,6 +29,7 @@ mod leases;
 mod lifecycle;
 mod list;
 mod logs;
+mod network;
 mod own_agent;
 mod pool;
 mod rebuild;

@@ -117,7 +117,8 @@ fn fuzz_frames() {
     let frame = |ethertype: u16, packet: &[u8]| {
         [&subnet::GATEWAY_MAC[..], &subnet::GUEST_MAC, &ethertype.to_be_bytes(), packet].concat()
     };
-    let v4 = [0x45, 0, 0, 30, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 2, 15, 1, 2, 3, 4, 0x12, 0x34, 0, 53, 0, 10, 0, 0, 1, 2];
+    let v4 =
+        [0x45, 0, 0, 30, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 2, 15, 1, 2, 3, 4, 0x12, 0x34, 0, 53, 0, 10, 0, 0, 1, 2];
     let mut v6 = vec![0x60, 0, 0, 0, 0, 8, 58, 255, 0xfe, 0x80];
     v6.extend([0; 14]);
     v6.extend([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 133, 0, 0, 0, 0, 0, 0, 0]);
@@ -135,7 +136,8 @@ fn fuzz_frames() {
 
 #[test]
 fn fuzz_network_rules() {
-    let seeds = ["example.com", "*.example.com:443,8000-8010", "[2001:db8::/32]:*/udp", "10.0.0.0/8:53/udp", "host:8080"];
+    let seeds =
+        ["example.com", "*.example.com:443,8000-8010", "[2001:db8::/32]:*/udp", "10.0.0.0/8:53/udp", "host:8080"];
     let seeds = seeds.map(|rule| rule.as_bytes().to_vec());
     nido_fuzz::fuzz("network-rules", &seeds, |input| {
         let Ok(text) = std::str::from_utf8(input) else { return };

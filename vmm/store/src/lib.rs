@@ -1,7 +1,7 @@
 //! The store: facts that several processes must agree on, in one SQLite file in WAL mode.
 //!
 //! Every method is one transaction. Uniqueness is a constraint, a change of state a conditional `UPDATE`. A process that
-//! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`. What happens to VMs becomes an event in the
+//! changes a VM's row beyond its forwards and rules holds the VM's `supervisor.lock`. What happens to VMs becomes an event in the
 //! same transaction (`events.rs`).
 
 mod approvals;
@@ -17,6 +17,7 @@ mod restarts;
 mod row;
 mod row_decode;
 mod row_facts;
+mod rules;
 mod salvage;
 mod schema;
 mod stored_spec;

@@ -226,6 +226,7 @@ mod tests {
             tb_size_mib: None,
             tsc_khz: None,
             reason: String::new(),
+            confinement: Vec::new(),
             warnings: Vec::new(),
         }
     }

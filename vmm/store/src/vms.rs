@@ -265,7 +265,7 @@ impl Store {
     }
 }
 
-fn unreadable(name: &VmName, why: &str) -> Error {
+pub(super) fn unreadable(name: &VmName, why: &str) -> Error {
     Error::new(Code::StoreDamaged, format!("the row of VM '{name}' in the store cannot be read: {why}"))
         .hint("another version of nido may be able to read it")
         .or_hint(Hint::run_on(op::VM_DELETE, name).forced())

@@ -41,6 +41,7 @@ impl Supervisor {
             Request::Snapshot { name, into } => return self.take_snapshot(name, into, running, reply),
             Request::ForwardAdd { forward } => self.add_forward(&forward.into(), running).await,
             Request::ForwardRemove { forward } => self.remove_forward(&forward.into(), running).await,
+            Request::ApplyRules => self.apply_stored_rules().await.map(|()| Reply::Done),
             // The client may have given up, and created another VM.
             Request::Claim(_) if reply.is_closed() => return,
             Request::Claim(order) => self.claim(*order, running).await.map(|()| Reply::Done),

@@ -75,6 +75,7 @@ const fn completion(request: &Request) -> Completion {
         | Request::Snapshot { .. }
         | Request::ForwardAdd { .. }
         | Request::ForwardRemove { .. }
+        | Request::ApplyRules
         | Request::Status => Completion::Reply,
     }
 }

@@ -1,7 +1,7 @@
 //! Starting QEMU for a VM, and finding the QEMU of one that lost its supervisor.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -190,6 +190,9 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         })?;
     }
     let broken = |e| Error::io("cannot prepare QEMU", e);
+    if let Some(image) = image.filter(|_| !qemu.memory_file_rom) {
+        make_writable(&home.blob(image)).map_err(broken)?;
+    }
     // First of all: while a QEMU of this VM runs, its logs and its monitor's socket are its own.
     let lock = HeldLock::try_take(Path::new(VM_LOCK))
         .map_err(broken)?
@@ -224,6 +227,17 @@ fn confinement(machine: &Machine, files: &Files, program: &Path) -> Result<Optio
     Confinement::prepare(confine::plan::plan(&needs), &machine.confinement).map(Some).map_err(broken)
 }
 
+/// Lets QEMU before 8.2 open the memory of a warm image, which it does for writing although it maps it privately. Earlier versions of
+/// nido made it read-only for root, whose QEMU has no capability any more to open it all the same.
+fn make_writable(image: &Path) -> std::io::Result<()> {
+    const OWNER_WRITES: u32 = 0o200;
+    let mode = std::fs::metadata(image)?.permissions().mode();
+    if mode & OWNER_WRITES == 0 {
+        std::fs::set_permissions(image, Permissions::from_mode(mode | OWNER_WRITES))?;
+    }
+    Ok(())
+}
+
 /// Finds the QEMU behind the VM's monitor; its connection is returned if it replies. The working directory is the VM's.
 pub(super) async fn attach(handle: &QemuHandle) -> Result<Option<Connection>> {
     let lost =
@@ -232,4 +246,23 @@ pub(super) async fn attach(handle: &QemuHandle) -> Result<Option<Connection>> {
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
     let _ = handle.0.set(process);
     Ok(Monitor::negotiate(stream).await.inspect_err(|error| tracing::error!("{}", lost(error.to_string()))).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_is_read_only_becomes_writable_for_its_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("memory");
+        std::fs::write(&image, b"memory").unwrap();
+        let mode = || std::fs::metadata(&image).unwrap().permissions().mode() & 0o777;
+        std::fs::set_permissions(&image, Permissions::from_mode(0o400)).unwrap();
+        make_writable(&image).unwrap();
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&image, Permissions::from_mode(0o644)).unwrap();
+        make_writable(&image).unwrap();
+        assert_eq!(mode(), 0o644);
+    }
 }

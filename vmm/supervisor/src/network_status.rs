@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nido_api::egress::{Denial, NetworkInfo};
-use nido_api::error::{Error, Result};
+use nido_api::error::{Code, Error, Result};
 use nido_store::Transition;
 use tokio::time::timeout;
 
@@ -27,6 +27,21 @@ impl Supervisor {
             Ok(true) => Ok(()),
             Ok(false) | Err(_) => Err(Error::internal("the VM's network does not take its rules")),
         }
+    }
+
+    /// Has the network follow the rules that the store has now.
+    ///
+    /// # Errors
+    /// The row cannot be read, or the network does not reply.
+    pub(super) async fn apply_stored_rules(&mut self) -> Result<()> {
+        let row = self.context.store().vm_by_id(&self.row.id)?;
+        let row = row.ok_or_else(|| Error::new(Code::VmNotRunning, "the VM has just been deleted"))?;
+        if let Some(why) = row.unreadable {
+            return Err(Error::new(Code::StoreDamaged, format!("the VM's row in the store cannot be read: {why}")));
+        }
+        self.row.spec.allow = row.spec.allow;
+        nido_files::failpoint!("net.applying");
+        self.apply_network_policy().await
     }
 
     /// What the network has done.

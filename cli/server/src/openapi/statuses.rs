@@ -68,6 +68,8 @@ fn own(id: &str) -> Vec<&'static [Code]> {
         "snapshot_delete" => vec![SNAPSHOT, SUPERVISOR_CODES],
         "forward_add" => vec![SUPERVISOR_CODES, &[Code::PortInUse, Code::LimitExceeded]],
         "forward_remove" => vec![SUPERVISOR_CODES, &[Code::ForwardNotFound]],
+        "net_allow" => vec![SUPERVISOR_CODES, &[Code::DiskFull]],
+        "net_deny" => vec![SUPERVISOR_CODES, &[Code::RuleNotFound, Code::DiskFull]],
         "template_info" => vec![&[Code::TemplateNotFound, Code::TemplateMismatch]],
         "template_create" => vec![START, SUPERVISOR_CODES, BUILD, &[Code::VmNotFound, Code::TemplateNotFound]],
         "template_build" | "template_bake" => vec![START, SUPERVISOR_CODES, BUILD, TEMPLATE],

@@ -66,6 +66,7 @@ examples! {
     "snapshot_create" => SnapshotRequest: json!({ "name": "before" });
     "snapshot_restore" => RestoreRequest: json!({ "disk_only": false });
     "forward_add" => ForwardSpec: json!({ "guest_port": 80 });
+    "net_allow" => RulesRequest: json!({ "allow": ["example.com", "host:8080"] });
     "template_create" => TemplateRequest: json!({ "name": "mine", "from": "web", "no_bake": true });
     "template_build" => RecipeRequest: json!({ "rebuild": false, "no_bake": true });
     "template_bake" => BakeRequest: json!({ "memory_mib": 256, "net": "none" });
@@ -84,6 +85,11 @@ examples! {
     "snapshot_create" 201 => SnapshotInfo: snapshot();
     "snapshot_list" 200 => SnapshotList: json!({ "snapshots": [snapshot()] });
     "forward_add" 201 => ForwardSpec: json!({ "host": "127.0.0.1", "host_port": 40_123, "guest_port": 80 });
+    "net_show" 200 => VmNetwork: json!({ "net": "restricted", "allow": ["example.com"], "network": network() });
+    "net_allow" 200 => RuleChangeResult: json!({
+        "allow": ["example.com", "host:8080"], "changed": ["host:8080"], "unchanged": ["example.com"]
+    });
+    "net_deny" 200 => RuleChangeResult: json!({ "allow": ["example.com"], "changed": ["host:8080"], "unchanged": [] });
     "webhook_add" 201 => WebhookAdded: webhook();
     "webhook_deliveries" 200 => DeliveryList: json!({ "deliveries": [delivery()] });
     "events" 200 => EventList: json!({ "events": [event()], "cursor": 42, "oldest": 1 });
@@ -121,6 +127,27 @@ fn vm(name: &str) -> Value {
         "idle_at": null,
         "failure": null,
         "timings": { "path": "fork", "qemu_ms": 41.2, "load_ms": 12.4, "agent_ms": 30.1, "total_ms": 96.5 }
+    })
+}
+
+fn network() -> Value {
+    json!({
+        "sent_bytes": 5_120,
+        "received_bytes": 71_680,
+        "connections": 3,
+        "open": 1,
+        "denied": 1,
+        "denials": [{
+            "protocol": "tcp",
+            "name": "host",
+            "address": "10.0.2.2",
+            "port": 8080,
+            "reason": "address_private",
+            "count": 1,
+            "first_at": "2026-01-04T15:00:12Z",
+            "last_at": "2026-01-04T15:00:12Z",
+            "rule": "host:8080"
+        }]
     })
 }
 

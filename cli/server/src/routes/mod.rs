@@ -10,6 +10,7 @@ mod files;
 mod forwards;
 mod host;
 mod logs;
+mod network;
 mod operations;
 mod page;
 mod pools;
@@ -39,6 +40,7 @@ pub fn described() -> OpenApiRouter<Arc<App>> {
         .merge(files::routes())
         .merge(snapshots::routes())
         .merge(forwards::routes())
+        .merge(network::routes())
         .merge(templates::routes())
         .merge(pools::routes())
         .merge(webhooks::routes())

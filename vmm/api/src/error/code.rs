@@ -86,6 +86,7 @@ codes! {
     PathInvalid "path_invalid" Invalid 422 "The path cannot be used";
     PortClosed "port_closed" Unavailable 503 "Nothing listens on that port in the guest";
     ForwardNotFound "forward_not_found" NotFound 404 "No such forward";
+    RuleNotFound "rule_not_found" NotFound 404 "No such rule";
     PortInUse "port_in_use" Conflict 409 "The port is in use";
     Timeout "timeout" Unavailable 504 "The timeout was reached";
     Interrupted "interrupted" Unavailable 503 "Interrupted";

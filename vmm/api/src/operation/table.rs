@@ -73,6 +73,14 @@ operations! {
     /// Withdraws a published port.
     FORWARD_REMOVE = Op::write("forward_remove", "forward", "remove")
         .command("forward rm").tool("vm_ports").delete("/v1/vms/{name}/forwards/{host_port}", "forward_remove");
+    /// Returns the rules of a VM's network, and what that has done.
+    NET_SHOW = Op::read("net_show", "network", "show").command("net show").get("/v1/vms/{name}/network", "net_show");
+    /// Adds rules to a VM's network, also while it runs.
+    NET_ALLOW = Op::write("net_allow", "network", "allow")
+        .command("net allow").post("/v1/vms/{name}/network/rules", "net_allow");
+    /// Removes rules from a VM's network, also while it runs.
+    NET_DENY = Op::write("net_deny", "network", "deny")
+        .command("net deny").delete("/v1/vms/{name}/network/rules/{rule}", "net_deny");
     /// Lists the snapshots of a VM.
     SNAPSHOT_LIST = Op::read("snapshot_list", "snapshot", "list")
         .command("snapshot ls").tool("vm_info").get("/v1/vms/{name}/snapshots", "snapshot_list");

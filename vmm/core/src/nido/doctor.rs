@@ -8,7 +8,7 @@ use std::time::Duration;
 use nido_api::FrontEnd;
 use nido_api::error::{Error, Result};
 use nido_api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
-use nido_engine::host::{HostFacts, QemuFacts, facts, kvm, qemu};
+use nido_engine::host::{HostFacts, QemuFacts, confinement, facts, kvm, qemu};
 use nido_engine::snapshot;
 use nido_files::random;
 
@@ -243,6 +243,7 @@ async fn check_host(
         if again {
             // The user may have changed something just before.
             kvm::invalidate(&cache);
+            confinement::invalidate(&cache);
         }
         facts::gather(&cache)
     })

@@ -82,7 +82,7 @@ impl Nido {
     }
 
     /// What only the supervisor of a running VM knows: when it ends because it is idle, and what its network has done.
-    async fn status(&self, row: &VmRow) -> (Option<Timestamp>, Option<NetworkInfo>) {
+    pub(super) async fn status(&self, row: &VmRow) -> (Option<Timestamp>, Option<NetworkInfo>) {
         let is_of_interest = row.spec.net.has_card() || row.spec.idle_ms.is_some();
         if !matches!(row.state, VmState::Running | VmState::Paused) || !is_of_interest {
             return (None, None);

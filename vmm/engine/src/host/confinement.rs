@@ -88,10 +88,12 @@ struct CacheKey {
 #[must_use]
 pub fn probe(cache_dir: &Path) -> ConfinementSupport {
     let namespaces_trouble = match cache_key() {
-        None => try_namespaces(cache_dir),
+        None => try_namespaces(cache_dir).trouble,
         Some(key) => cache::get(cache_dir, CACHE_NAME, &key).unwrap_or_else(|| {
-            let trouble = try_namespaces(cache_dir);
-            cache::put(cache_dir, CACHE_NAME, &key, &trouble);
+            let Attempt { trouble, is_proof } = try_namespaces(cache_dir);
+            if is_proof {
+                cache::put(cache_dir, CACHE_NAME, &key, &trouble);
+            }
             trouble
         }),
     };
@@ -113,8 +115,20 @@ fn cache_key() -> Option<CacheKey> {
     })
 }
 
-/// Why no process of this user can have namespaces of its own; `None` if it can.
-fn try_namespaces(directory: &Path) -> Option<String> {
+/// What an attempt to enter namespaces has shown.
+struct Attempt {
+    /// Why no process of this user can have namespaces of its own; `None` if it can.
+    trouble: Option<String>,
+    /// The host allows or forbids it. Otherwise the system was short of something, which passes.
+    is_proof: bool,
+}
+
+/// Whether an error says that the host forbids namespaces or does not have what they need.
+fn is_refusal(error: &std::io::Error) -> bool {
+    [libc::EPERM, libc::EACCES, libc::ENOSYS, libc::EINVAL].map(Some).contains(&error.raw_os_error())
+}
+
+fn try_namespaces(directory: &Path) -> Attempt {
     let directory = make_private_dir(directory).and_then(|()| fs::canonicalize(directory));
     let result = directory.and_then(|directory| {
         let program = std::env::current_exe()?;
@@ -122,9 +136,12 @@ fn try_namespaces(directory: &Path) -> Option<String> {
         in_a_child(&mut Confinement::prepare(plan, &[Layer::Namespaces, Layer::NoCapabilities])?)
     });
     match result {
-        Ok(None) => None,
-        Ok(Some((step, error))) => Some(format!("{}: {error}", step.name().to_string_lossy())),
-        Err(error) => Some(format!("they could not be tried: {error}")),
+        Ok(None) => Attempt { trouble: None, is_proof: true },
+        Ok(Some((step, error))) => {
+            let trouble = format!("{}: {error}", step.name().to_string_lossy());
+            Attempt { trouble: Some(trouble), is_proof: is_refusal(&error) }
+        }
+        Err(error) => Attempt { trouble: Some(format!("they could not be tried: {error}")), is_proof: false },
     }
 }
 
@@ -186,7 +203,17 @@ mod tests {
         let first = probe(dir.path());
         assert_eq!(probe(dir.path()), first);
         let cached: Option<Option<String>> = cache::get(dir.path(), CACHE_NAME, &cache_key().unwrap());
-        assert_eq!(cached, Some(first.namespaces_trouble));
+        assert!(cached.is_none_or(|cached| cached == first.namespaces_trouble));
+    }
+
+    /// A host that was short of memory once would confine less until its next boot.
+    #[test]
+    fn only_a_refusal_is_cached() {
+        let error = std::io::Error::from_raw_os_error;
+        assert!(is_refusal(&error(libc::EPERM)) && is_refusal(&error(libc::ENOSYS)));
+        assert!(
+            ![libc::ENOMEM, libc::ENOSPC, libc::EAGAIN, libc::EMFILE, libc::ENFILE].map(error).iter().any(is_refusal)
+        );
     }
 
     #[test]

@@ -70,6 +70,8 @@ pub enum Request {
         /// Which.
         forward: ForwardCommand,
     },
+    /// Applies the rules of the network that the store has now. The reply follows when nothing else is allowed any more.
+    ApplyRules,
     /// Claims a clone that waits in a pool. The replies are stages, the first one when it has been claimed.
     Claim(Box<ClaimCommand>),
     /// Deletes an unclaimed clone; the reply follows when it is deleted.

@@ -82,7 +82,7 @@ impl Supervisor {
     pub(super) fn defer(&mut self, call: ControlRequest) -> Option<ControlRequest> {
         let needs_guest = match call.request {
             Request::Ready | Request::Lease | Request::Stop(_) | Request::StopKept => false,
-            Request::Retire | Request::Status => false,
+            Request::Retire | Request::Status | Request::ApplyRules => false,
             Request::Pause | Request::Resume | Request::Snapshot { .. } | Request::Claim(_) => true,
             Request::ForwardAdd { .. } | Request::ForwardRemove { .. } => true,
         };

@@ -1,0 +1,80 @@
+//! The network of a VM: what it has done, and changes of its rules.
+//!
+//! ```text
+//!  command ── rules ──> store (one transaction) ──> supervisor reads the row, and applies it ──> reply
+//! ```
+//!
+//! Invariant: the store has the rules before the supervisor is asked, so a supervisor that starts meanwhile has them as well.
+
+use nido_api::error::{Error, Hint, Result};
+use nido_api::operation as op;
+use nido_api::{EgressRule, Grant, RuleChange, RuleChangeResult, VmNetwork, VmRef};
+use nido_store::VmRow;
+use nido_supervisor::control::Request;
+
+use super::Nido;
+
+impl Nido {
+    /// The network of a VM, its rules, and what it has done.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub async fn net_show(&self, vm: impl Into<VmRef<'_>>) -> Result<VmNetwork> {
+        let row = self.current(self.resolve(vm.into())?);
+        let (_, network) = self.status(&row).await;
+        let warnings = row.spec.allow.iter().filter_map(EgressRule::warning).collect();
+        Ok(VmNetwork { net: row.spec.net, allow: row.spec.allow, network, warnings })
+    }
+
+    /// Adds rules to a VM's network. A VM that runs follows them when this returns, a stopped one from its next start.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `spec_invalid`, `denied` by the grant; `vm_busy` if its supervisor is of another version of nido.
+    pub async fn net_allow(
+        &self,
+        vm: impl Into<VmRef<'_>>,
+        rules: Vec<EgressRule>,
+        grant: &Grant,
+    ) -> Result<RuleChangeResult> {
+        let row = self.resolve(vm.into())?;
+        grant.limits.check_net(row.spec.net)?;
+        self.change_rules(&row, &RuleChange::Allow(rules)).await
+    }
+
+    /// Removes rules of a VM's network: all of them, or none if one is not there. Connections that no rule allows any more are reset
+    /// when this returns.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `spec_invalid`, `rule_not_found`; `vm_busy` if its supervisor is of another version of nido.
+    pub async fn net_deny(&self, vm: impl Into<VmRef<'_>>, rules: Vec<EgressRule>) -> Result<RuleChangeResult> {
+        let row = self.resolve(vm.into())?;
+        self.change_rules(&row, &RuleChange::Deny(rules)).await
+    }
+
+    async fn change_rules(&self, row: &VmRow, change: &RuleChange) -> Result<RuleChangeResult> {
+        let (row, changed) = self.store().change_rules(&row.id, change)?;
+        nido_files::failpoint!("net.row");
+        self.context.refresh_record(&row.id);
+        // Also if nothing has changed: a command before this one may have been killed here.
+        if !row.state.is_inactive() {
+            self.apply_rules(&row).await?;
+            nido_files::failpoint!("net.applied");
+        }
+        Ok(changed)
+    }
+
+    /// Has the supervisor of a running VM apply the stored rules.
+    async fn apply_rules(&self, row: &VmRow) -> Result<()> {
+        let Err(error) = self.request(row, &Request::ApplyRules).await else { return Ok(()) };
+        match self.store().vm_by_id(&row.id)? {
+            // It has stopped meanwhile: its next start has the rules.
+            Some(now) if now.state.is_inactive() => Ok(()),
+            Some(_) => {
+                let name = &row.spec.name;
+                let words = format!("the rules of VM '{name}' are stored, but apply only from its next start: {error}");
+                Err(Error::new(error.code(), words).hint(Hint::run_on(op::VM_RESTART, name).to("restart the VM")))
+            }
+            None => Err(error),
+        }
+    }
+}
