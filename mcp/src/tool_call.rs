@@ -127,11 +127,12 @@ pub async fn carry_out(
             Decision::Ask(question) => Err(StopReason::Question(question)),
         }
     };
-    let (attempt, (operation, permission)) = match attempt.confirmed(permitted, |stop| stop.verdict(&known)).await {
-        Ok(permitted) => permitted,
-        Err(StopReason::Question(question)) => return Ok((*question).into()),
-        Err(StopReason::Failed(error)) => return Ok(result(Err(failed(&call, &error, name).await)).into()),
-    };
+    let (attempt, (operation, permission)) =
+        match Box::pin(attempt.confirmed(permitted, |stop| stop.verdict(&known))).await {
+            Ok(permitted) => permitted,
+            Err(StopReason::Question(question)) => return Ok((*question).into()),
+            Err(StopReason::Failed(error)) => return Ok(result(Err(failed(&call, &error, name).await)).into()),
+        };
     call.vm = permission.vm;
     // Dropping this call cancels its work.
     let unwanted = cancelled.clone().drop_guard();

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::rig::TestHome;
 
-const VM_FIELDS: [&str; 29] = [
+const VM_FIELDS: [&str; 30] = [
     "name",
     "id",
     "status",
@@ -15,6 +15,7 @@ const VM_FIELDS: [&str; 29] = [
     "machine_reason",
     "accel",
     "isolation",
+    "confinement",
     "nested",
     "cpus",
     "memory_mib",
@@ -36,6 +37,9 @@ const VM_FIELDS: [&str; 29] = [
     "warnings",
 ];
 
+/// Fields that are there only where they apply.
+const OPTIONAL_FIELDS: [&str; 2] = ["allow", "network"];
+
 #[track_caller]
 fn has(value: &Value, fields: &[&str]) {
     let object = value.as_object().unwrap_or_else(|| panic!("no object: {value}"));
@@ -52,7 +56,8 @@ fn is_vm(value: &Value, name: &str, status: &str) {
     assert_eq!((&value["name"], &value["status"]), (&name.into(), &status.into()), "{value:#}");
     has(&value["agent"], &["ready", "version", "transport"]);
     for key in value.as_object().unwrap().keys() {
-        assert!(VM_FIELDS.contains(&key.as_str()), "{key} is not in the contract");
+        let key = key.as_str();
+        assert!(VM_FIELDS.contains(&key) || OPTIONAL_FIELDS.contains(&key), "{key} is not in the contract");
     }
 }
 

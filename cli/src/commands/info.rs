@@ -68,14 +68,8 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
             ),
         ),
     ];
+    facts.extend(machine(vm));
     let mut some = |key, value: Option<String>| facts.extend(value.map(|value| (key, value)));
-    some("machine", vm.machine.clone());
-    some("accel", vm.accel.clone());
-    some("isolation", vm.isolation.clone());
-    some("confinement", (!vm.confinement.is_empty()).then(|| vm.confinement.join(" ")));
-    some("nested", vm.nested.then(|| "the guest can run VMs".to_owned()));
-    some("reason", vm.machine_reason.clone());
-    some("agent", agent(vm));
     some("network", Some(vm.net.name().into()));
     for rule in &vm.allow {
         some("allow", Some(rule.to_string()));
@@ -112,6 +106,20 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         }
     }
     facts
+}
+
+/// What the VM runs on, and how its agent is reached.
+fn machine(vm: &VmInfo) -> impl Iterator<Item = (&'static str, String)> {
+    let facts = [
+        ("machine", vm.machine.clone()),
+        ("accel", vm.accel.clone()),
+        ("isolation", vm.isolation.clone()),
+        ("confinement", (!vm.confinement.is_empty()).then(|| vm.confinement.join(" "))),
+        ("nested", vm.nested.then(|| "the guest can run VMs".to_owned())),
+        ("reason", vm.machine_reason.clone()),
+        ("agent", agent(vm)),
+    ];
+    facts.into_iter().filter_map(|(key, value)| Some((key, value?)))
 }
 
 /// What the network has done, and what it refused; `remedy` says how a rule is added.

@@ -161,12 +161,12 @@ impl<H: HostEnd> Copy<'_, H> {
     fn advance(&mut self, context: &mut Context<'_>, wake: Option<Instant>) -> Poll<Result<(), End>> {
         let mut moved = self.take_packets(context)?;
         moved |= if self.gate.is_open() && self.pending.is_empty() {
-            self.to_host(context)?
+            self.send(context)?
         } else {
-            self.to_host_checked(context)?
+            self.send_admitted(context)?
         };
         moved |= self.end_of_guest(context);
-        moved |= self.to_guest(context)?;
+        moved |= self.receive(context)?;
         if moved || wake.is_some() && self.timer.as_mut().poll(context).is_ready() {
             return Poll::Ready(Ok(()));
         }
@@ -187,7 +187,7 @@ impl<H: HostEnd> Copy<'_, H> {
     }
 
     /// Passes on what the guest has sent.
-    fn to_host(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
+    fn send(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         while self.stack.can_receive() {
             let host = Pin::new(&mut self.host);
@@ -206,7 +206,7 @@ impl<H: HostEnd> Copy<'_, H> {
     }
 
     /// Passes on what the guest has sent, as far as the gate admits it.
-    fn to_host_checked(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
+    fn send_admitted(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         loop {
             while self.admitted > 0 {
@@ -262,7 +262,7 @@ impl<H: HostEnd> Copy<'_, H> {
         self.received
     }
 
-    fn to_guest(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
+    fn receive(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         while !self.sent && self.stack.can_send() && self.memory.allows(self.stack.queued()) {
             let host = Pin::new(&mut self.host);

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
-use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, Ipv4Address};
+use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr};
 use tokio::sync::mpsc;
 
 /// How long a test waits for anything.
@@ -55,7 +55,7 @@ impl Guest {
         let mut link = Link { socket, peer: theirs };
         let mut interface = Interface::new(Config::new(HardwareAddress::Ip), &mut link, time(Duration::ZERO));
         interface.update_ip_addrs(|addresses| addresses.push(IpCidr::new(IpAddress::from(GUEST_V4), 24)).unwrap());
-        interface.routes_mut().add_default_ipv4_route(Ipv4Address::from(GATEWAY_V4)).unwrap();
+        interface.routes_mut().add_default_ipv4_route(GATEWAY_V4).unwrap();
         let started = Instant::now();
         let sockets = SocketSet::new(Vec::new());
         Self { directory, interface, link, sockets, started, next_port: 20_000, network, denials }

@@ -1,4 +1,5 @@
 //! The engine with a guest that is a TCP/IP stack in this process, and servers on the host's loopback.
+#![allow(clippy::unwrap_used, reason = "a test that cannot continue must stop")]
 
 mod guest;
 mod hostile;
