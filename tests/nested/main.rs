@@ -139,26 +139,28 @@ print({{0:'welcome',1:'refused'}}[answer[5]])"
 #[test]
 fn an_address_that_is_taken_is_replaced() {
     let home = TestHome::new();
-    let place = |name: &str| home.user_dir().join(name);
     let program = std::env::var("NIDO_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".into());
-    let (qemu, wanted, held) = (place("qemu-system-slow"), place("wanted"), place("held"));
-    // Started for the first time it waits until another process has its address.
+    let qemu = home.user_dir().join("qemu-system-slow");
+    // Started for the first time it waits until another process has its address. It is confined as QEMU is: all that it may write is
+    // the VM's directory, in which it works.
     let script = format!(
         "#!/bin/bash
-if [[ \"$*\" =~ guest-cid=([0-9]+) && ! -e '{held}' ]]; then
-    echo \"${{BASH_REMATCH[1]}}\" > '{wanted}.new' && mv '{wanted}.new' '{wanted}'
-    while [[ ! -e '{held}' ]]; do sleep 0.1; done
+if [[ \"$*\" =~ guest-cid=([0-9]+) && ! -e held ]]; then
+    echo \"${{BASH_REMATCH[1]}}\" > wanted.new && mv wanted.new wanted
+    while [[ ! -e held ]]; do sleep 0.1; done
 fi
 exec '{program}' \"$@\"
-",
-        wanted = wanted.display(),
-        held = held.display()
+"
     );
     fs::write(&qemu, script).unwrap();
     fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
     let (first, mut holder) = std::thread::scope(|scope| {
         let holder = scope.spawn(|| {
-            let first: u32 = rig::eventually("an address", || fs::read_to_string(&wanted).ok()).trim().parse().unwrap();
+            let (dir, first) = rig::eventually("an address", || {
+                let mut dirs = fs::read_dir(home.path().join("vms")).ok()?.flatten().map(|entry| entry.path());
+                dirs.find_map(|dir| Some((dir.clone(), fs::read_to_string(dir.join("wanted")).ok()?)))
+            });
+            let first: u32 = first.trim().parse().unwrap();
             let machine = ["-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"];
             let device = format!("vhost-vsock-pci,guest-cid={first}");
             let mut holder = Command::new(&program);
@@ -166,7 +168,7 @@ exec '{program}' \"$@\"
             let mut holder = holder.spawn().unwrap();
             // Its prompt comes when its machine is made.
             holder.stdout.as_mut().unwrap().read_exact(&mut [0; 4]).unwrap();
-            fs::write(&held, "").unwrap();
+            fs::write(dir.join("held"), "").unwrap();
             (first, holder)
         });
         home.nido(["spawn", "web", "--cold"]).env("NIDO_QEMU", &qemu).ok();
