@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from mcp import MCPDeprecationWarning
-from recipe import Cook, Recipe
+from recipe import NETWORK_RULES, Cook, Recipe
 from rig import DEADLINE, Rig, until
 
 ERAS = ("auto", "legacy")
@@ -94,6 +94,7 @@ def git_served(place):
         while subprocess.run(["git", "ls-remote", f"git://127.0.0.1:{port}/app.git"], capture_output=True).returncode:
             assert server.poll() is None and time.monotonic() < end, "git daemon does not serve"
             time.sleep(0.1)
+        NETWORK_RULES[:] = [f"host:{port}"]
         yield f"git://10.0.2.2:{port}/app.git"
     finally:
         os.killpg(server.pid, signal.SIGTERM)

@@ -23,7 +23,7 @@ headers = {"Authorization": f"Bearer {token}"}
 env = {key: value for key, value in os.environ.items() if key.startswith("NIDO_")}
 server = {"command": nido, "args": ["mcp-server", "start"], "env": env}
 # Maps cannot be written in the subset of JSON Schema that strict mode takes; the SDK offers these tools without it.
-WITH_MAPS = {"vm_exec", "vm_create", "vm_spawn", "vm_ls"}
+WITH_MAPS = {"vm_exec", "vm_spawn", "vm_ls"}
 
 
 def text(answer):
