@@ -9,7 +9,7 @@
 //! keep another VM's network from working; no rule, no connection.
 
 mod copy;
-pub mod denials;
+mod denials;
 mod dhcp;
 pub mod dns;
 mod engine;
