@@ -37,7 +37,7 @@ pub const fn is_server_port(port: u16) -> bool {
     port == SERVER_PORT
 }
 
-/// The frame that answers a client's message; `None` if it is none, or needs no answer.
+/// The frame that answers a client's message; `None` for any other datagram, and for a message that needs no answer.
 #[must_use]
 pub fn reply(message: &[u8]) -> Option<Vec<u8>> {
     let (fixed, options) = message.split_at_checked(FIXED)?;

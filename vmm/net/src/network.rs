@@ -9,7 +9,7 @@ use std::rc::Rc;
 use nido_api::egress::Denial;
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::LocalSet;
+use tokio::task::{LocalSet, spawn_local};
 
 use crate::policy::Policy;
 use crate::port::Port;
@@ -90,7 +90,7 @@ impl Network {
 }
 
 /// Executes commands until the handle is dropped.
-async fn run_commands(shared: &Shared, mut commands: mpsc::UnboundedReceiver<Command>) {
+async fn run_commands(shared: &Rc<Shared>, mut commands: mpsc::UnboundedReceiver<Command>) {
     while let Some(command) = commands.recv().await {
         match command {
             Command::Report(reply) => drop(reply.send(shared.report())),
@@ -98,7 +98,11 @@ async fn run_commands(shared: &Shared, mut commands: mpsc::UnboundedReceiver<Com
                 shared.set_policy(policy);
                 let _ = reply.send(());
             }
-            Command::ResetConnections(ends) => shared.reset_connections(ends).await,
+            // A QEMU that takes no frames must not keep other commands waiting.
+            Command::ResetConnections(ends) => {
+                let shared = Rc::clone(shared);
+                spawn_local(async move { shared.reset_connections(ends).await });
+            }
         }
     }
 }

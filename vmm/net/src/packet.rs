@@ -118,7 +118,7 @@ pub fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Vec<u8> 
     payload.extend([0, 0]);
     payload.extend(data);
     let start = pseudo_header(source.ip(), destination.ip(), protocol::UDP, length);
-    // 0 would state that there is none.
+    // 0 means that the datagram has no checksum.
     let check = match checksum(&payload, start) {
         0 => 0xffff,
         check => check,
@@ -149,7 +149,7 @@ pub fn unreachable(packet: &Packet<'_>, router: IpAddr, why: Unreachable) -> Vec
     icmp(router, packet.source, HOPS, message)
 }
 
-/// The reply to an echo request; `None` if it is none.
+/// The reply to an echo request; `None` for any other message.
 #[must_use]
 pub fn echo_reply(packet: &Packet<'_>) -> Option<Vec<u8>> {
     let (request, reply) = if packet.source.is_ipv4() { (8, 0) } else { (128, 129) };

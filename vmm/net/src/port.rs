@@ -56,7 +56,7 @@ impl Port {
         self.socket.recv(buffer).await
     }
 
-    /// A frame that has arrived already; `None` if there is none.
+    /// A frame that has arrived already; `None` if no frame waits.
     pub fn try_receive(&self, buffer: &mut [u8]) -> Option<usize> {
         self.socket.try_recv(buffer).ok()
     }

@@ -57,7 +57,7 @@ impl Tasks {
         Packets { tasks: Rc::clone(self), key, number, queue }
     }
 
-    /// Gives a packet to the task of its connection; `false` if there is none.
+    /// Gives a packet to the task of its connection; `false` if no task has that connection.
     pub fn pass(&self, key: &FlowKey, packet: &[u8]) -> bool {
         let tasks = self.tasks.borrow();
         let Some(task) = tasks.get(key) else { return false };

@@ -29,7 +29,7 @@ const SWITCHES: [&str; 4] = [
 pub struct ConfinementSupport {
     /// Why there can be no namespaces; `None` if there can.
     pub namespaces_trouble: Option<String>,
-    /// The version of Landlock; 0: there is none.
+    /// The version of Landlock; 0 if the kernel does not have it.
     pub landlock: u32,
     /// Whether system calls can be filtered.
     pub seccomp: bool,

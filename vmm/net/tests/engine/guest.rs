@@ -1,5 +1,6 @@
 //! A guest: smoltcp at the other end of the link, driven by the test's own thread.
 
+use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -169,6 +170,11 @@ impl Guest {
             }
         }
         None
+    }
+
+    /// Has the network reset connections that the guest believes in.
+    pub fn reset_connections(&self, ends: Vec<(SocketAddr, SocketAddr)>) {
+        self.network.reset_connections(ends);
     }
 
     /// What the network did.

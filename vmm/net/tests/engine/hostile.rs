@@ -87,3 +87,12 @@ fn a_scan_is_counted_and_the_reports_are_few() {
     assert!(reported <= 100, "{reported}");
     assert_eq!(report.open, 0);
 }
+
+#[test]
+fn commands_are_executed_while_the_guest_reads_nothing() {
+    let guest = Guest::new(Mode::Nat, &[]);
+    let ends = (1..1000).map(|port| (([10, 0, 2, 15], port).into(), ([1, 1, 1, 1], 80).into())).collect();
+    // More frames than the link holds.
+    guest.reset_connections(ends);
+    assert_eq!(guest.report().open, 0);
+}
