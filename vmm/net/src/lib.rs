@@ -35,4 +35,4 @@ mod udp;
 
 pub use network::Network;
 pub use policy::{Mode, Policy};
-pub use shared::{Limits, Report, Settings};
+pub use shared::{Limits, Report, Reports, Settings};

@@ -95,10 +95,13 @@ async fn respond_within(shared: &Shared, message: &[u8], limit: Option<usize>) -
         }
     };
     let limit = limit.unwrap_or_else(|| query.udp_limit());
-    Some(match resolve(shared, &query.name).await {
-        Answer::Addresses(addresses) if query.kind == Kind::A || query.kind == Kind::Aaaa => {
-            dns::answer(&query, &addresses, TTL, limit)
-        }
+    // Nobody is asked for other types: their number would be one more thing that the guest can send.
+    let answer = match query.kind {
+        Kind::A | Kind::Aaaa => resolve(shared, &query.name).await,
+        Kind::Other(_) => admit(shared, &query.name).map_or_else(|answer| answer, |_| Answer::Addresses(Vec::new())),
+    };
+    Some(match answer {
+        Answer::Addresses(addresses) if !matches!(query.kind, Kind::Other(_)) => dns::answer(&query, &addresses, TTL, limit),
         Answer::Addresses(_) => dns::empty(&query),
         Answer::Unknown => dns::refuse(&query, None),
         Answer::Refused => dns::refuse(&query, Some(NO_RULE)),
@@ -122,19 +125,28 @@ pub enum Answer {
     Failed,
 }
 
-/// Resolves a name in canonical form, if rules allow it, and remembers the result.
-pub async fn resolve(shared: &Shared, text: &str) -> Answer {
+/// The name that the host is asked for, if rules allow that; what is known without it otherwise.
+fn admit(shared: &Shared, text: &str) -> Result<DomainName, Answer> {
     if text == HOST_NAME {
-        return Answer::Addresses(vec![GATEWAY_V4.into(), GATEWAY_V6.into()]);
+        return Err(Answer::Addresses(vec![GATEWAY_V4.into(), GATEWAY_V6.into()]));
     }
     let Ok(name) = text.parse::<DomainName>() else {
         deny(shared, Some(text.to_owned()), DenialReason::NameNotAllowed);
-        return Answer::Refused;
+        return Err(Answer::Refused);
     };
     if let Err(reason) = shared.admit_question(&name) {
         deny(shared, Some(name.to_string()), reason);
-        return Answer::Refused;
+        return Err(Answer::Refused);
     }
+    Ok(name)
+}
+
+/// Resolves a name in canonical form, if rules allow it, and remembers the result.
+pub async fn resolve(shared: &Shared, text: &str) -> Answer {
+    let name = match admit(shared, text) {
+        Ok(name) => name,
+        Err(answer) => return answer,
+    };
     let found = match timeout(LOOKUP_TIMEOUT, lookup(&shared.hosts, &name)).await {
         Ok(Ok(found)) => found,
         Ok(Err(error)) if is_unknown(&error) => return Answer::Unknown,

@@ -31,6 +31,8 @@ pub const PIN_LIFETIME: Duration = Duration::from_secs(3600);
 pub const ADDRESSES_MAX: usize = 4096;
 /// How many names are pinned to one address.
 pub const NAMES_PER_ADDRESS_MAX: usize = 16;
+/// How many pins are exported: those of the addresses that were used last.
+pub const EXPORTED_MAX: usize = 2048;
 
 /// The canonical form of a host's name: lower case, without a trailing dot. `None` for text that is not such a name: a label is
 /// empty, longer than 63 bytes or has a character outside `[A-Za-z0-9_-]`, the name is longer than 253 bytes, or its last label
@@ -124,7 +126,7 @@ impl Pins {
         }
     }
 
-    /// All pins, the least recently used address first.
+    /// The last [`EXPORTED_MAX`] pins, the least recently used address first.
     pub fn export(&self, now: Instant) -> Vec<PinRecord> {
         let records = |address: &IpAddr| {
             let address = *address;
@@ -136,7 +138,9 @@ impl Pins {
                 PinRecord { address, name: pin.name.to_string(), age_seconds: age.as_secs() }
             })
         };
-        self.by_use.values().flat_map(records).collect()
+        let mut last: Vec<PinRecord> = self.by_use.values().rev().flat_map(records).take(EXPORTED_MAX).collect();
+        last.reverse();
+        last
     }
 
     /// Adds exported pins, `elapsed` after their export. The last ones win if there are more than the limits allow. Records whose

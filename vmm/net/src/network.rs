@@ -6,20 +6,20 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use nido_api::egress::Denial;
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
 
+use crate::names::PinRecord;
 use crate::policy::Policy;
 use crate::port::Port;
-use crate::shared::{Report, Settings, Shared};
+use crate::shared::{Report, Reports, Settings, Shared};
 
 /// How many threads look names up at once.
 const LOOKUPS_MAX: usize = 8;
 
-/// The network of one VM. It ends when this is dropped.
-#[derive(Debug)]
+/// The network of one VM. It ends when the last of its handles is dropped.
+#[derive(Debug, Clone)]
 pub struct Network {
     commands: mpsc::UnboundedSender<Command>,
 }
@@ -28,21 +28,16 @@ pub struct Network {
 enum Command {
     Report(oneshot::Sender<Report>),
     SetPolicy(Policy, oneshot::Sender<()>),
+    Pins(oneshot::Sender<Vec<PinRecord>>),
     ResetConnections(Vec<(SocketAddr, SocketAddr)>),
 }
 
 impl Network {
-    /// Starts the engine behind a socket that is bound; QEMU's socket is, or will be, at `peer`. What it refuses is sent to
-    /// `denials`.
+    /// Starts the engine behind a socket that is bound; QEMU's socket is, or will be, at `peer`.
     ///
     /// # Errors
     /// The thread cannot be started, or the socket cannot be used.
-    pub fn start(
-        socket: UnixDatagram,
-        peer: PathBuf,
-        settings: Settings,
-        denials: mpsc::Sender<Denial>,
-    ) -> io::Result<Self> {
+    pub fn start(socket: UnixDatagram, peer: PathBuf, settings: Settings, reports: Reports) -> io::Result<Self> {
         let (commands, received) = mpsc::unbounded_channel();
         let runtime =
             Builder::new_current_thread().enable_io().enable_time().max_blocking_threads(LOOKUPS_MAX).build()?;
@@ -53,7 +48,9 @@ impl Network {
         };
         let run = move || {
             let serve = async move {
-                let shared = Shared::new(port, settings, denials);
+                let shared = Shared::new(port, settings, reports.denials);
+                let pins = Rc::clone(&shared);
+                spawn_local(async move { pins.send_pins(reports.pins).await });
                 tokio::select! {
                     result = Rc::clone(&shared).serve() => {
                         tracing::error!("the VM's network has ended: {:?}", result.err());
@@ -76,6 +73,13 @@ impl Network {
         report.await.ok()
     }
 
+    /// What the guest has resolved; `None` if the network has ended.
+    pub async fn pins(&self) -> Option<Vec<PinRecord>> {
+        let (reply, pins) = oneshot::channel();
+        self.commands.send(Command::Pins(reply)).ok()?;
+        pins.await.ok()
+    }
+
     /// Resets connections that the guest still believes in, each by the guest's end and the other, unless they are known here.
     pub fn reset_connections(&self, ends: Vec<(SocketAddr, SocketAddr)>) {
         let _ = self.commands.send(Command::ResetConnections(ends));
@@ -94,6 +98,7 @@ async fn run_commands(shared: &Rc<Shared>, mut commands: mpsc::UnboundedReceiver
     while let Some(command) = commands.recv().await {
         match command {
             Command::Report(reply) => drop(reply.send(shared.report())),
+            Command::Pins(reply) => drop(reply.send(shared.export_pins())),
             Command::SetPolicy(policy, reply) => {
                 shared.set_policy(policy);
                 let _ = reply.send(());

@@ -4,18 +4,22 @@ use std::cell::{Cell, RefCell};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nido_api::egress::{Denial, DenialReason, DeniedProtocol, DomainName, EgressRule, Protocol};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::sleep;
 
 use crate::denials::{Denials, Refused};
-use crate::names::{NameBudget, Pins};
+use crate::names::{NameBudget, PinRecord, Pins};
 use crate::packet;
 use crate::policy::{Mode, Policy, Verdict};
 use crate::port::Port;
 use crate::resources::{Memory, Rate};
 use crate::tasks::{FlowKey, Tasks};
+
+/// How long after a change what the guest has resolved is sent.
+const PINS_DELAY: Duration = Duration::from_secs(1);
 
 /// What the guest may use at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,14 +49,25 @@ pub struct Settings {
     pub limits: Limits,
     /// The host's own file of names.
     pub hosts: PathBuf,
+    /// What the guest has resolved before, and how long ago that was exported.
+    pub pins: (Vec<PinRecord>, Duration),
 }
 
 impl Settings {
-    /// The usual limits, and the host's usual file.
+    /// The usual limits, the host's usual file, and a guest that has resolved nothing.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
-        Self { policy, limits: Limits::default(), hosts: "/etc/hosts".into() }
+        Self { policy, limits: Limits::default(), hosts: "/etc/hosts".into(), pins: Default::default() }
     }
+}
+
+/// To whom the network reports.
+#[derive(Debug, Clone)]
+pub struct Reports {
+    /// What it refuses.
+    pub denials: mpsc::Sender<Denial>,
+    /// What the guest has resolved, after it has changed.
+    pub pins: mpsc::Sender<Vec<PinRecord>>,
 }
 
 /// What has passed.
@@ -135,6 +150,7 @@ pub struct Shared {
     pub hosts: PathBuf,
     policy: RefCell<Policy>,
     pins: RefCell<Pins>,
+    pins_changed: Notify,
     budget: RefCell<NameBudget<EgressRule>>,
     denials: RefCell<Denials>,
     reports: mpsc::Sender<Denial>,
@@ -144,6 +160,8 @@ impl Shared {
     /// A network without connections.
     pub fn new(port: Port, settings: Settings, reports: mpsc::Sender<Denial>) -> Rc<Self> {
         let (limits, now) = (settings.limits, Instant::now());
+        let mut pins = Pins::default();
+        pins.import(&settings.pins.0, settings.pins.1, now);
         Rc::new(Self {
             port,
             counters: Counters::default(),
@@ -156,7 +174,8 @@ impl Shared {
             questions: Rate::new(limits.questions_per_second, now),
             hosts: settings.hosts,
             policy: RefCell::new(settings.policy),
-            pins: RefCell::default(),
+            pins: RefCell::new(pins),
+            pins_changed: Notify::new(),
             budget: RefCell::default(),
             denials: RefCell::default(),
             reports,
@@ -236,6 +255,24 @@ impl Shared {
     /// The name server has returned these addresses for a name.
     pub fn remember(&self, name: &DomainName, addresses: &[IpAddr]) {
         self.pins.borrow_mut().insert(name.as_str(), addresses, Instant::now());
+        self.pins_changed.notify_one();
+    }
+
+    /// What the guest has resolved, as it is stored.
+    pub fn export_pins(&self) -> Vec<PinRecord> {
+        self.pins.borrow().export(Instant::now())
+    }
+
+    /// Sends what the guest has resolved, after it has changed, until nobody wants it any more.
+    pub async fn send_pins(&self, to: mpsc::Sender<Vec<PinRecord>>) {
+        loop {
+            self.pins_changed.notified().await;
+            // A page of a browser resolves many names at once.
+            sleep(PINS_DELAY).await;
+            if to.send(self.export_pins()).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Replaces the rules. Connections that they no longer allow are reset.

@@ -137,6 +137,7 @@ impl Supervisor {
                 }
             }
             Report::Denied(denial) => self.on_denied(denial),
+            Report::Resolved(pins) => self.keep_pins(pins),
             Report::JobEnded(what, outcome) => {
                 if let Err(error) = outcome {
                     tracing::warn!("{what}: {error}");

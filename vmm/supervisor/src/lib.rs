@@ -33,6 +33,7 @@ mod launch;
 mod lifecycle;
 mod limits;
 mod loaded_guest;
+mod name_pins;
 mod network;
 mod network_status;
 mod old_connections;

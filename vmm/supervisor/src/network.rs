@@ -7,19 +7,19 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 use nido_api::NetChoice;
-use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
-use nido_engine::home::{NETWORK_QEMU_SOCKET, NETWORK_SOCKET};
+use nido_engine::home::{NETWORK_QEMU_SOCKET, NETWORK_SOCKET, VmDir};
 use nido_files::private_dir::{make_socket_private, remove_socket};
-use nido_net::{Mode, Network, Policy, Settings};
+use nido_net::{Mode, Network, Policy, Reports, Settings};
 use nido_store::{Purpose, VmRow};
-use tokio::sync::mpsc;
+
+use super::name_pins;
 
 /// Starts the network of a VM that has a card. The working directory is the VM's.
 ///
 /// # Errors
 /// The socket cannot be bound, or no thread can be started.
-pub(super) fn start(row: &VmRow, denials: mpsc::Sender<Denial>) -> Result<Option<Network>> {
+pub(super) fn start(row: &VmRow, dir: &VmDir, attach: bool, reports: Reports) -> Result<Option<Network>> {
     if !row.spec.net.has_card() {
         return Ok(None);
     }
@@ -28,7 +28,8 @@ pub(super) fn start(row: &VmRow, denials: mpsc::Sender<Denial>) -> Result<Option
     remove_socket(ours).map_err(failed)?;
     let socket = UnixDatagram::bind(ours).map_err(failed)?;
     make_socket_private(ours).map_err(failed)?;
-    Network::start(socket, NETWORK_QEMU_SOCKET.into(), Settings::new(policy(row)), denials).map(Some).map_err(failed)
+    let settings = Settings { pins: name_pins::of_start(row, dir, attach), ..Settings::new(policy(row)) };
+    Network::start(socket, NETWORK_QEMU_SOCKET.into(), settings, reports).map(Some).map_err(failed)
 }
 
 /// What the guest of a VM may reach.

@@ -4,15 +4,21 @@ use std::time::Duration;
 
 use nido_api::egress::{Denial, NetworkInfo};
 use nido_api::error::{Code, Error, Result};
+use nido_engine::home::NAME_PINS;
+use nido_net::names::PinRecord;
 use nido_store::Transition;
 use tokio::time::timeout;
 
+use super::name_pins;
 use super::network::policy;
 use super::old_connections;
 use super::state::{Report, Supervisor};
 
 /// How long the engine may take to reply.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
+/// The job that stores what the guest has resolved, and after how long that is worth a warning.
+const PINS_JOB: &str = "storing what the guest has resolved";
+const PINS_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many refusals are reported with the VM.
 const DENIALS_SHOWN: usize = 20;
 
@@ -69,6 +75,16 @@ impl Supervisor {
                 Err(error) => tracing::warn!("the guest does not report its old connections: {error}"),
             }
         });
+    }
+
+    /// Stores what the guest has resolved. If the disk is slow, the change after this one is stored with it.
+    pub(super) fn keep_pins(&self, pins: Vec<PinRecord>) {
+        if self.jobs.is_running(PINS_JOB) {
+            return;
+        }
+        let path = self.dir.file(NAME_PINS);
+        let job = self.jobs.start(PINS_JOB, move || name_pins::write(&path, &name_pins::encode_new(pins)?));
+        self.report_end(job, PINS_TIMEOUT);
     }
 
     /// Records a refusal.

@@ -24,10 +24,12 @@ use nido_engine::machine::Accel;
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Bounds, LiveSave, Memory, MigrationError};
 use nido_engine::snapshot::{self, LayerCopy, PendingSnapshot, Record};
+use nido_net::Network;
+use nido_net::names::PinRecord;
 use nido_store::Origin;
 use qapi::qmp::RunState;
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::bake::save_error;
 use super::clock::set_clock;
@@ -35,6 +37,7 @@ use super::control::Reply;
 use super::control_server::ReplySender;
 use super::jobs::{HostProbe, Jobs, Preparation, Prepared};
 use super::launch::RunningQemu;
+use super::name_pins;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::readiness::AgentRoute;
 use super::state::Supervisor;
@@ -43,6 +46,8 @@ use super::state::Supervisor;
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long saving memory and devices may take.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long the network may take to report what the guest has resolved.
+const PINS_TIMEOUT: Duration = Duration::from_secs(2);
 /// What jobs of a snapshot do.
 const TAKING_JOB: &str = "taking a snapshot";
 const REMOVAL_JOB: &str = "removing an unfinished snapshot";
@@ -62,6 +67,7 @@ struct SnapshotJob {
     /// The VM is paused, and stays so.
     paused: bool,
     accel: Accel,
+    network: Option<Network>,
 }
 
 impl Supervisor {
@@ -125,7 +131,8 @@ impl Supervisor {
             image,
         };
         let (agent_route, monitor, jobs) = (self.agent_route(), running.monitor()?.clone(), self.jobs.clone());
-        Ok((SnapshotJob { vm, agent_route, monitor, jobs, paused, accel: self.machine.accel }, preparation))
+        let (accel, network) = (self.machine.accel, self.network.clone());
+        Ok((SnapshotJob { vm, agent_route, monitor, jobs, paused, accel, network }, preparation))
     }
 
     /// What resumes the VM if the supervisor before was killed while it took a snapshot.
@@ -192,6 +199,8 @@ impl SnapshotJob {
         let dir = preparation.dir.clone();
         let precopy = self.permits_precopy().await;
         let Prepared { unfinished, running, disk, bounds } = self.job(move || preparation.run(precopy)).await?;
+        // Before the guest is saved: what it resolves from here on, it can resolve again.
+        let pins = self.pins().await;
         let saved = match disk {
             None => self.save_paused(&unfinished).await.map(|()| None),
             Some(disk) => self.save_running(&unfinished, &Arc::new(disk), bounds).await.map(Some),
@@ -203,10 +212,22 @@ impl SnapshotJob {
                 // QEMU has synced the disk and released it until the machine is resumed.
                 unfinished.copy_disk(&dir)?;
             }
+            if let Some(pins) = pins {
+                unfinished.keep_pins(&name_pins::encode_new(pins)?)?;
+            }
             let paused_ms = paused_for.map(|paused_for| u64::try_from(paused_for.as_millis()).unwrap_or(u64::MAX));
             unfinished.publish(&Record { paused_ms, ..Record::now(Some(running)) })
         })
         .await
+    }
+
+    /// What the guest has resolved. Without it, a copy resolves names again.
+    async fn pins(&self) -> Option<Vec<PinRecord>> {
+        let pins = timeout(PINS_TIMEOUT, self.network.as_ref()?.pins()).await.ok().flatten();
+        if pins.is_none() {
+            tracing::warn!("the VM's network does not report what the guest has resolved");
+        }
+        pins
     }
 
     /// Whether the VM can be saved while it runs; if not, why.

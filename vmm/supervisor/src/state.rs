@@ -15,7 +15,8 @@ use nido_engine::machine::{Accel, Machine, Transport};
 use nido_files::lock::HeldLock;
 use nido_files::private_dir::{make_socket_private, remove_socket};
 use nido_guest_agent::wire::Pong;
-use nido_net::Network;
+use nido_net::names::PinRecord;
+use nido_net::{Network, Reports};
 use nido_store::{Origin, Transition, VmRow};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -112,6 +113,8 @@ pub(super) enum Report {
     InUse(u32),
     /// The connections that the guest had before this supervisor, or before it was saved.
     OldConnections(Vec<Ends>),
+    /// The addresses that the guest has resolved names to.
+    Resolved(Vec<PinRecord>),
     /// The network refused what the guest tried to reach.
     Denied(Box<Denial>),
     /// What a job does, and its outcome: an error, too, if it is late and continues.
@@ -149,7 +152,7 @@ impl Supervisor {
         let desk = ControlQueue { calls: call_desk, life: life.subscribe(), users: users.clone() };
         tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
         let reports = mpsc::channel(16);
-        let network = network::start(&row, pass_on_denials(&reports.0))?;
+        let network = network::start(&row, &dir, attach, network_reports(&reports.0))?;
         let has_old_connections = network.is_some() && (attach || has_connections(&row.origin));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
@@ -226,17 +229,27 @@ impl Supervisor {
 }
 
 /// Where the network reports what it refuses.
-fn pass_on_denials(reports: &mpsc::Sender<Report>) -> mpsc::Sender<Denial> {
-    let (denials, mut refused) = mpsc::channel(16);
+fn network_reports(reports: &mpsc::Sender<Report>) -> Reports {
+    let denials = pass_on(reports, 16, |denial: Denial| Report::Denied(Box::new(denial)));
+    Reports { denials, pins: pass_on(reports, 1, Report::Resolved) }
+}
+
+/// A channel whose messages are reports.
+fn pass_on<T: Send + 'static>(
+    reports: &mpsc::Sender<Report>,
+    length: usize,
+    report: impl Fn(T) -> Report + Send + 'static,
+) -> mpsc::Sender<T> {
+    let (sender, mut received) = mpsc::channel(length);
     let reports = reports.clone();
     tokio::spawn(async move {
-        while let Some(denial) = refused.recv().await {
-            if reports.send(Report::Denied(Box::new(denial))).await.is_err() {
+        while let Some(message) = received.recv().await {
+            if reports.send(report(message)).await.is_err() {
                 return;
             }
         }
     });
-    denials
+    sender
 }
 
 /// Whether a guest is loaded that was in use: one of a warm image has no connections.

@@ -13,7 +13,9 @@ use nido_api::name::{SnapshotName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::state::VmState;
 use nido_api::{ForkResult, Grant, Limits, PathChoice, StartRequest, StartStage, VmInfo, VmRef, VmSpec};
+use nido_engine::home::NAME_PINS;
 use nido_engine::snapshot;
+use nido_files::atomic_file::{Durability, write_private};
 use nido_files::lock::HeldLock;
 use nido_files::random;
 use nido_store::{BootParts, Origin, Purpose, StoredBake, VmRow};
@@ -32,6 +34,16 @@ pub(super) struct HiddenSnapshot {
     pub held: HeldLock,
     /// The snapshot's name there.
     pub name: SnapshotName,
+}
+
+/// What copies of a running VM are made from.
+struct CopiedGuest {
+    parts: BootParts,
+    origin: Origin,
+    /// What the guest has resolved, as it is stored.
+    pins: Option<Vec<u8>>,
+    /// For how long the VM was paused.
+    paused_ms: Option<u64>,
 }
 
 impl Nido {
@@ -93,12 +105,12 @@ impl Nido {
         let operation = self.lease_open()?;
         nido_files::failpoint!("fork.leased");
         let making = async {
-            let (parts, origin, paused_ms) = self.bake_running(row, progress).await?;
+            let CopiedGuest { parts, origin, pins, paused_ms } = self.bake_running(row, progress).await?;
             nido_files::failpoint!("fork.baked");
             let mut made = Vec::new();
             for copy in copies {
                 let copy = VmRow { made_by: Some(operation.id().clone()), ..copy_of(row, copy, parts.clone())? };
-                made.push(self.start_copy(copy, origin.clone(), grant, progress).await?);
+                made.push(self.start_copy(copy, (origin.clone(), pins.as_deref()), grant, progress).await?);
             }
             nido_files::failpoint!("fork.copied");
             self.store().keep_vms_made_by(operation.id(), copies.len())?;
@@ -122,11 +134,12 @@ impl Nido {
         &self,
         source: &VmRow,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
-    ) -> Result<(BootParts, Origin, Option<u64>)> {
+    ) -> Result<CopiedGuest> {
         let vm = &source.spec.name;
         let HiddenSnapshot { row, held, name } = self.take_hidden_snapshot(source).await?;
         nido_files::failpoint!("fork.saved");
         let dir = self.vm_dir(&row.id);
+        let pins = snapshot::kept_pins(&dir, &name);
         let taken = snapshot::open(&dir, vm, &name).and_then(|record| {
             snapshot::DiskCopy::take(&dir, &name)?.put_in_place()?.remove();
             let token = record.running.map(|running| running.token);
@@ -144,7 +157,8 @@ impl Nido {
         let bake = self.await_bake(&row, held, None, from, &mut |stage| progress(vm, stage)).await?;
         let mut parts = source.parts.clone();
         parts.frozen.push(frozen(&bake));
-        Ok((parts, Origin::Fork(StoredBake { live: true, ..saved(&bake) }), paused_ms))
+        let origin = Origin::Fork(StoredBake { live: true, ..saved(&bake) });
+        Ok(CopiedGuest { parts, origin, pins, paused_ms })
     }
 
     /// Takes a snapshot of a running VM that is not among its snapshots.
@@ -180,12 +194,16 @@ impl Nido {
     async fn start_copy(
         &self,
         copy: VmRow,
-        origin: Origin,
+        (origin, pins): (Origin, Option<&[u8]>),
         grant: &Grant,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
         let (row, held) = self.insert(copy, grant).await?;
+        if let Some(pins) = pins {
+            let path = self.vm_dir(&row.id).file(NAME_PINS);
+            write_private(&path, pins, Durability::Kill).map_err(|e| Error::io("cannot prepare the copy", e))?;
+        }
         let start = StartRequest { wait: true, timeout_ms: None, path: PathChoice::Fork, ..StartRequest::default() };
         Box::pin(self.launch_from(&row, held, start, asked_at, Some(origin))).await?;
         self.await_start(&row, start, &mut |stage| progress(&row.spec.name, stage)).await

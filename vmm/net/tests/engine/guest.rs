@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::egress::Denial;
 use nido_net::subnet::{GATEWAY_MAC, GATEWAY_V4, GUEST_MAC, GUEST_V4, MTU};
-use nido_net::{Limits, Mode, Network, Policy, Report, Settings};
+use nido_net::{Limits, Mode, Network, Policy, Report, Reports, Settings};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
@@ -47,7 +47,8 @@ impl Guest {
         let (ours, theirs) = (directory.join("q"), directory.join("s"));
         let engine = UnixDatagram::bind(&theirs).unwrap();
         let policy = Policy { mode, rules: rules.iter().map(|rule| rule.parse().unwrap()).collect() };
-        let (reports, denials) = mpsc::channel(64);
+        let (denied, denials) = mpsc::channel(64);
+        let reports = Reports { denials: denied, pins: mpsc::channel(1).0 };
         let hosts = directory.join("hosts");
         let settings = Settings { limits, hosts, ..Settings::new(policy) };
         let network = Network::start(engine, ours.clone(), settings, reports).unwrap();
@@ -143,6 +144,11 @@ impl Guest {
         self.until("the end of a connection", |guest| {
             matches!(guest.socket(handle).state(), State::Closed | State::TimeWait).then_some(())
         });
+    }
+
+    /// Frees a connection that is closed.
+    pub fn forget(&mut self, handle: SocketHandle) {
+        self.sockets.remove(handle);
     }
 
     /// Sends a frame as it is.
