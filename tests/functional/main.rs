@@ -13,6 +13,7 @@ mod api_exec;
 mod api_files;
 mod approvals;
 mod audit;
+mod audit_receipt;
 mod audit_verbs;
 mod clock;
 mod control;

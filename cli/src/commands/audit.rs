@@ -1,4 +1,6 @@
-//! `audit`: shows the audit log, verifies its hash chains, and signs checkpoints.
+//! `audit`: shows the audit log, verifies its hash chains, and signs checkpoints and receipts.
+
+mod receipt;
 
 use std::path::PathBuf;
 
@@ -22,6 +24,8 @@ Examples:
   nido audit verify
   nido audit checkpoint -o checkpoint.json     store it where no user of this host can change it
   nido audit verify --against checkpoint.json
+  nido audit receipt web -o receipt.json       also of a VM that is deleted
+  nido audit verify-receipt receipt.json --key KEY     without the home
 
 verify detects lines that were altered, removed, inserted or moved, and a log of writes that was
 emptied or truncated. Only a checkpoint that is stored elsewhere detects that both the log and the
@@ -51,11 +55,17 @@ enum Verb {
         #[arg(long, short, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
         output: Option<PathBuf>,
     },
+    /// Write a signed receipt of one VM
+    Receipt(receipt::ReceiptArgs),
+    /// Verify a receipt, also elsewhere; exit 1 if invalid
+    VerifyReceipt(receipt::VerifyArgs),
+    /// Print the public key of checkpoints and receipts
+    Key,
 }
 
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
-    /// Lines of this log: acts (writes and refused requests) or reads
+    /// Lines of this log: acts (writes and refused requests), reads or events [default: acts and reads]
     #[arg(long, value_name = "LOG", value_parser = log)]
     log: Option<AuditLog>,
     /// Lines since a time (2026-01-04T15:00:00Z) or of a period (2h)
@@ -82,7 +92,8 @@ fn log(word: &str) -> Result<AuditLog, String> {
     match word {
         "acts" => Ok(AuditLog::Acts),
         "reads" => Ok(AuditLog::Reads),
-        _ => Err("use acts or reads".into()),
+        "events" => Ok(AuditLog::Events),
+        _ => Err("use acts, reads or events".into()),
     }
 }
 
@@ -94,6 +105,9 @@ impl Args {
             Verb::Show(args) => show(cx, args).await,
             Verb::Verify { against } => verify(cx, against).await,
             Verb::Checkpoint { output } => checkpoint(cx, output).await,
+            Verb::Receipt(args) => args.run(cx).await,
+            Verb::VerifyReceipt(args) => args.run(cx),
+            Verb::Key => receipt::key(cx).await,
         }
     }
 }
@@ -161,11 +175,14 @@ fn summary(verdict: &AuditVerdict) -> String {
     let reads = verdict.reads.iter().filter(|reads| reads.lines > 0);
     let reads: String =
         reads.map(|reads| format!("verified {} records of reads in {} files\n", reads.lines, reads.files)).collect();
+    let events = verdict.events.iter().filter(|events| events.lines > 0);
+    let events: String =
+        events.map(|events| format!("verified {} events in {} files\n", events.lines, events.files)).collect();
     let (Some(first), Some(last)) = (verdict.first_seq, verdict.last_seq) else {
-        return format!("the log is empty\n{reads}");
+        return format!("the log is empty\n{reads}{events}");
     };
     let mut text =
-        format!("verified {} records in {} files (seq {first}-{last})\n{reads}", verdict.lines, verdict.files);
+        format!("verified {} records in {} files (seq {first}-{last})\n{reads}{events}", verdict.lines, verdict.files);
     if first > 1 {
         text.push_str(&format!("lines before number {first} are no longer kept\n"));
     }

@@ -7,7 +7,7 @@ use super::FrontEnd;
 use crate::error::{Code, Error};
 use crate::name::VmName;
 
-/// One of the two audit logs.
+/// One of the three audit logs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AuditLog {
@@ -16,6 +16,8 @@ pub enum AuditLog {
     Acts,
     /// Reads: operations that change nothing.
     Reads,
+    /// Events: what happened to VMs, whether or not a caller requested it.
+    Events,
 }
 
 /// One line of the audit log. Bytes that are not UTF-8 are shown as `\xNN`.
@@ -54,7 +56,7 @@ pub struct AuditRecord {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditFilter {
-    /// The log; absent: both, or with [`Self::after`], which counts the lines of one log, `acts`.
+    /// The log; absent: acts and reads, or with [`Self::after`], which counts the lines of one log, `acts`.
     pub log: Option<AuditLog>,
     /// Lines from this time on.
     pub since: Option<Timestamp>,
@@ -84,12 +86,13 @@ impl AuditFilter {
             && is(&self.tool, &record.tool)
             && is(&self.actor, &record.actor)
             && is(&self.result, &record.result)
-            && self.vm.as_ref().is_none_or(|vm| names(&record.params, vm.as_str()))
+            && self.vm.as_ref().is_none_or(|vm| names_vm(&record.params, vm.as_str()))
     }
 }
 
-/// Whether arguments name this VM.
-fn names(params: &serde_json::Value, vm: &str) -> bool {
+/// Whether the arguments of a line name this VM.
+#[must_use]
+pub fn names_vm(params: &serde_json::Value, vm: &str) -> bool {
     ["name", "vm", "vm_name", "names", "copies"].iter().any(|key| match params.get(key) {
         Some(serde_json::Value::String(name)) => name == vm,
         Some(serde_json::Value::Array(names)) => names.iter().any(|name| name == vm),
@@ -133,6 +136,10 @@ pub struct AuditVerdict {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub reads: Option<AuditReads>,
+    /// The log of events.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
+    pub events: Option<AuditReads>,
     /// The checkpoint that was compared.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
@@ -158,7 +165,7 @@ impl AuditVerdict {
     }
 }
 
-/// Result of a verification of the log of reads.
+/// Result of a verification of the log of reads or of events.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditReads {
     /// Number of files.

@@ -13,6 +13,8 @@ pub enum FrontEnd {
     Api,
     /// The command line.
     Cli,
+    /// None: nido itself records an event.
+    Host,
 }
 
 impl FrontEnd {
@@ -23,13 +25,14 @@ impl FrontEnd {
             Self::Mcp => "MCP",
             Self::Api => "API",
             Self::Cli => "CLI",
+            Self::Host => "HOST",
         }
     }
 
     /// The front end that a word in a line denotes.
     #[must_use]
     pub fn of_word(word: &str) -> Option<Self> {
-        [Self::Mcp, Self::Api, Self::Cli].into_iter().find(|face| face.word() == word)
+        [Self::Mcp, Self::Api, Self::Cli, Self::Host].into_iter().find(|face| face.word() == word)
     }
 }
 

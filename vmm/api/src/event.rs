@@ -1,10 +1,12 @@
 //! Events: what happened to VMs, snapshots and templates, in the order in which it happened.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::Timings;
-use crate::egress::Denial;
+use super::{NetChoice, Timings};
+use crate::egress::{Denial, EgressRule};
 use crate::error::{Code, Error};
 use crate::name::{SnapshotName, TemplateName, VmName};
 use crate::state::{FailureCause, StateCause};
@@ -187,6 +189,22 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub denial: Option<Denial>,
+    /// Of a creation: what the VM was made from, and its network.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub source: Option<VmSource>,
+}
+
+/// What a VM was made from, and what its network allowed when it was created.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct VmSource {
+    /// SHA-256 of each part of the template, in hexadecimal, by the part's name.
+    pub parts: BTreeMap<String, String>,
+    /// The network.
+    pub net: NetChoice,
+    /// The rules of the network `restricted`.
+    pub allow: Vec<EgressRule>,
 }
 
 /// A limit on the life of a VM.

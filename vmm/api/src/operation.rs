@@ -168,7 +168,7 @@ impl Operation {
     #[must_use]
     pub fn call(&self, face: FrontEnd) -> Option<String> {
         match face {
-            FrontEnd::Cli => self.command.map(|words| format!("nido {words}")),
+            FrontEnd::Cli | FrontEnd::Host => self.command.map(|words| format!("nido {words}")),
             FrontEnd::Mcp => self.tool.map(str::to_owned),
             FrontEnd::Api => self.route.map(|route| format!("{} {}", route.method.word(), route.path)),
         }

@@ -8,6 +8,7 @@
 
 mod approvals;
 mod audit;
+mod audit_events;
 mod bake;
 mod claim;
 mod create;
@@ -33,6 +34,7 @@ mod network;
 mod own_agent;
 mod pool;
 mod rebuild;
+mod receipt;
 mod reconcile;
 mod restart_policy;
 mod run;

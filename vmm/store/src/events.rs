@@ -9,7 +9,7 @@
 use jiff::Timestamp;
 use nido_api::error::{Error, Result};
 use nido_api::name::{SnapshotName, TemplateName, VmName};
-use nido_api::{Event, EventDetails, EventKind, EventsRequest};
+use nido_api::{Event, EventDetails, EventKind, EventsRequest, VmSource};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{Store, VmRow, decode, encode, fault, readable};
@@ -31,6 +31,12 @@ pub(super) fn of_vm(row: &VmRow) -> EventDetails {
         ip_address: row.ip_address.clone(),
         ..EventDetails::default()
     }
+}
+
+/// The details of a VM's creation.
+pub(super) fn of_creation(row: &VmRow) -> EventDetails {
+    let source = VmSource { parts: row.named_parts(), net: row.spec.net, allow: row.spec.allow.clone() };
+    EventDetails { source: Some(source), ..of_vm(row) }
 }
 
 impl Store {

@@ -4,7 +4,7 @@
 //! that takes a part's last owner away also records that parts are due to be collected: if the process is killed after it, the
 //! next command collects them.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use nido_api::error::Result;
 use rusqlite::params;
@@ -18,6 +18,29 @@ impl BootParts {
         let some = [self.initramfs_base.as_ref(), self.agent.as_ref()];
         let layers = self.frozen.iter().map(|layer| &layer.sha256);
         always.into_iter().chain(some.into_iter().flatten()).chain(layers).map(String::as_str)
+    }
+}
+
+impl VmRow {
+    /// The hashes of the parts that it was made from, each with the part's name. Layers of a fork are numbered from the lowest.
+    #[must_use]
+    pub fn named_parts(&self) -> BTreeMap<String, String> {
+        let parts = &self.parts;
+        let always = [
+            ("vmlinux", &parts.vmlinux),
+            ("initramfs", &parts.initramfs),
+            ("root", &parts.root),
+            ("packages", &parts.packages),
+        ];
+        let some = [("initramfs_base", parts.initramfs_base.as_ref()), ("agent", parts.agent.as_ref())];
+        let some = some.into_iter().filter_map(|(name, hash)| Some((name, hash?)));
+        let saved = match &self.origin {
+            Origin::Fork(saved) => vec![("memory", &saved.memory), ("state", &saved.state)],
+            Origin::Boot | Origin::Restore { .. } => Vec::new(),
+        };
+        let named = always.into_iter().chain(some).chain(saved).map(|(name, hash)| (name.to_owned(), hash.clone()));
+        let layers = parts.frozen.iter().enumerate().map(|(n, layer)| (format!("disk_{n}"), layer.sha256.clone()));
+        named.chain(layers).collect()
     }
 }
 

@@ -10,7 +10,7 @@ use nido_api::state::VmState;
 use nido_api::{AgentInfo, EventKind, ForwardSpec, PoolKind, VmSpec};
 use rusqlite::{OptionalExtension as _, params};
 
-use super::events::of_vm;
+use super::events::of_creation;
 use super::vms::{insert_forward, name_taken};
 use super::{Origin, Store, VmRow, decode, encode, encode_spec, fault, readable_rows};
 
@@ -175,7 +175,7 @@ impl Store {
                 insert_forward(&self.connection, id, forward)?;
             }
             let row = self.vm_by_id(id)?.ok_or_else(|| Error::internal("a VM was deleted while it was claimed"))?;
-            self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(&row))?;
+            self.append(EventKind::VmCreated, Some(&row.spec.name), &of_creation(&row))?;
             Ok(true)
         })
     }

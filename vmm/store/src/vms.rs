@@ -6,7 +6,7 @@ use nido_api::operation as op;
 use nido_api::{EventDetails, EventKind, ForwardSpec, LeaseId, Limits};
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::events::of_vm;
+use super::events::{of_creation, of_vm};
 use super::row_decode::{COLUMNS, Raw};
 use super::{Purpose, Store, VmRow, encode, encode_spec, fault};
 
@@ -57,7 +57,7 @@ impl Store {
             }
             self.own_parts(row)?;
             if row.purpose == Purpose::Use {
-                self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(row))?;
+                self.append(EventKind::VmCreated, Some(&row.spec.name), &of_creation(row))?;
             }
             Ok(())
         })

@@ -148,9 +148,8 @@ impl Hint {
     #[must_use]
     pub fn text(&self, front_end: FrontEnd) -> Option<String> {
         match (self, front_end) {
-            (Self::Note { text }, _) | (Self::Host { text } | Self::CommandLine { text }, FrontEnd::Cli) => {
-                Some(text.clone())
-            }
+            (Self::Note { text }, _)
+            | (Self::Host { text } | Self::CommandLine { text }, FrontEnd::Cli | FrontEnd::Host) => Some(text.clone()),
             (Self::Run(call), _) => call.text(front_end),
             (Self::Host { text }, FrontEnd::Mcp) => Some(format!("ask the user to {text}")),
             (Self::Host { text }, FrontEnd::Api) => Some(format!("ask the operator of the host to {text}")),
@@ -181,7 +180,7 @@ impl Call {
     fn text(&self, front_end: FrontEnd) -> Option<String> {
         let operation = operation::find(&self.op)?;
         let call = match front_end {
-            FrontEnd::Cli => self.command(operation)?,
+            FrontEnd::Cli | FrontEnd::Host => self.command(operation)?,
             FrontEnd::Api => self.request(operation)?,
             // A person decides what is destroyed, and is asked by the tool, not told by an error.
             FrontEnd::Mcp if operation.is_destructive() => return None,

@@ -165,6 +165,12 @@ operations! {
     AUDIT_VERIFY = Op::read("audit_verify", "audit", "verify").admin().command("audit verify");
     /// Signs the last line of the audit log.
     AUDIT_CHECKPOINT = Op::read("audit_checkpoint", "audit", "checkpoint").admin().command("audit checkpoint");
+    /// Writes a signed receipt of a VM.
+    AUDIT_RECEIPT = Op::read("audit_receipt", "audit", "receipt").admin().command("audit receipt");
+    /// Verifies a receipt.
+    AUDIT_VERIFY_RECEIPT = Op::read("audit_verify_receipt", "audit", "verify-receipt").admin().command("audit verify-receipt");
+    /// Prints the public key of checkpoints and receipts.
+    AUDIT_KEY = Op::read("audit_key", "audit", "key").admin().command("audit key");
     /// Lists approvals.
     APPROVAL_LIST = Op::read("approval_list", "approval", "list").admin().command("approvals");
     /// Approves a requested operation.

@@ -41,6 +41,7 @@ impl<'a> ChainCheck<'a> {
             chain: None,
             half_line: false,
             reads: None,
+            events: None,
             against: None,
             trouble: None,
         };
@@ -177,7 +178,7 @@ impl<'a> ChainCheck<'a> {
 }
 
 /// Which number and chain come before the first line that is kept. After a rotation that dropped files the line itself states them.
-fn first(
+pub(super) fn first(
     line: &Line,
     against: Option<&AuditCheckpoint>,
     at_checkpoint: &mut Option<String>,

@@ -32,6 +32,7 @@ impl Key {
     /// The log's own; made if it is not there.
     pub(crate) fn open(log: &Log) -> Result<Self> {
         let path = log.directory().join(KEY);
+        log.make_directory().map_err(|e| Error::io(format!("cannot use {}", path.display()), e))?;
         let read = log.locked(|| match std::fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => make(log.directory(), &path),
             other => other,
@@ -57,11 +58,16 @@ impl Key {
         hex::encode(self.0.public_key().as_ref())
     }
 
+    /// The signature of a text, in hexadecimal.
+    pub(super) fn signature(&self, text: &str) -> String {
+        hex::encode(self.0.sign(text.as_bytes()).as_ref())
+    }
+
     /// Puts key and signature into a checkpoint.
     #[must_use]
     pub fn sign(&self, mut checkpoint: AuditCheckpoint) -> AuditCheckpoint {
         checkpoint.public_key = self.public();
-        checkpoint.signature = hex::encode(self.0.sign(checkpoint.statement().as_bytes()).as_ref());
+        checkpoint.signature = self.signature(&checkpoint.statement());
         checkpoint
     }
 }
@@ -145,12 +151,20 @@ pub fn read(path: &Path) -> Result<AuditCheckpoint> {
 /// # Errors
 /// `path_exists`, `disk_full`, `internal`.
 pub fn write(checkpoint: &AuditCheckpoint, path: &Path) -> Result<()> {
+    let text = serde_json::to_string_pretty(checkpoint).map_err(|e| Error::internal(e.to_string()))? + "\n";
+    write_text(&text, path)
+}
+
+/// Writes a signed document to a new file.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_text(text: &str, path: &Path) -> Result<()> {
     let shown = path.display();
     let broken = |e: io::Error| match e.kind() {
         ErrorKind::AlreadyExists => Error::new(Code::PathExists, format!("{shown} exists")).hint("choose another file"),
         _ => Error::io(format!("cannot write {shown}"), e),
     };
-    let text = serde_json::to_string_pretty(checkpoint).map_err(|e| Error::internal(e.to_string()))? + "\n";
     let mut file = OpenOptions::new().write(true).create_new(true).open(path).map_err(broken)?;
     file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(broken)
 }

@@ -87,12 +87,23 @@ impl Record {
     }
 }
 
-/// SHA-256 over the chain so far and a line without its chain value; hexadecimal.
+/// SHA-256 over the chain so far and the hash of a line without its chain value; hexadecimal.
 fn chain(previous: &str, body: &[u8]) -> String {
-    let mut hash = Sha256::new();
-    hash.update(previous.as_bytes());
-    hash.update(body);
-    hex::encode(&hash.finalize())
+    chain_of_hash(previous, &sha256(body))
+}
+
+/// The chain behind a line of which only the hash is known.
+pub(super) fn chain_of_hash(previous: &str, body_sha256: &str) -> String {
+    sha256(format!("{previous}{body_sha256}").as_bytes())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(&Sha256::digest(bytes))
+}
+
+/// The chain as versions before receipts made it: over the line itself. The hash of such a line does not continue the chain.
+fn chain_of_text(previous: &str, body: &[u8]) -> String {
+    sha256(&[previous.as_bytes(), body].concat())
 }
 
 /// A line as it stands in a file.
@@ -117,7 +128,13 @@ impl Line {
     /// Whether the line has the chain hash that it states, when it follows `previous`.
     #[must_use]
     pub fn follows(&self, previous: &str) -> bool {
-        chain(previous, self.record.body().as_bytes()) == self.chain
+        self.hash_if_linked(previous).is_some() || chain_of_text(previous, self.record.body().as_bytes()) == self.chain
+    }
+
+    /// The hash of the line without its chain value, if the chain continues from it.
+    pub(super) fn hash_if_linked(&self, previous: &str) -> Option<String> {
+        let hash = sha256(self.record.body().as_bytes());
+        (chain_of_hash(previous, &hash) == self.chain).then_some(hash)
     }
 }
 
@@ -296,6 +313,18 @@ mod tests {
         }
         assert_eq!(Line::parse(b""), None);
         assert!(Line::parse(line.as_bytes()).is_some());
+    }
+
+    // Earlier versions hashed the line itself: their logs stay valid.
+    #[test]
+    fn lines_of_earlier_versions_stay_valid() {
+        let body = plain().body();
+        let line = format!("{body} chain='{}'", chain_of_text(NO_CHAIN, body.as_bytes()));
+        let line = Line::parse(line.as_bytes()).unwrap();
+        assert!(line.follows(NO_CHAIN) && line.hash_if_linked(NO_CHAIN).is_none());
+        let (line, chain) = plain().render(NO_CHAIN);
+        let line = Line::parse(line.as_bytes()).unwrap();
+        assert_eq!(chain_of_hash(NO_CHAIN, &line.hash_if_linked(NO_CHAIN).unwrap()), chain);
     }
 
     fn value() -> impl Strategy<Value = Vec<u8>> {

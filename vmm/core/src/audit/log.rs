@@ -4,8 +4,8 @@
 //!  mcp-audit.log      the newest lines; the writer holds mcp-audit.lock
 //!  mcp-audit.log.1    what came before, up to .63; never written again
 //! ```
-//! and the same of `mcp-audit-reads.log`, up to `.3`: a chain of its own, for what changes nothing. However much is read, what was done
-//! stays.
+//! and the same of `mcp-audit-reads.log`, up to `.3`, for what changes nothing, and of `mcp-audit-events.log`, up to `.15`, for what
+//! happens to VMs: chains of their own. However much is read, and whatever guests do, what callers did stays.
 //!
 //! Invariants: a writer that is killed at any instant leaves complete lines and at most one partial line at the end, which the
 //! next writer takes away; a line that was waited for is on the disk, and so is every line before it. The first line of
@@ -30,12 +30,16 @@ use super::{failed, word};
 pub const LOG: &str = "mcp-audit.log";
 /// The newest lines about what changes nothing.
 pub const READ_LOG: &str = "mcp-audit-reads.log";
+/// The newest lines about what happened to VMs.
+pub const EVENT_LOG: &str = "mcp-audit-events.log";
 /// When a new file is begun, in bytes.
 const LIMIT_BYTES: u64 = 16 << 20;
 /// How many older files are kept: 1 GiB.
 const KEEP: u32 = 63;
 /// The same of reads: 64 MiB.
 const KEEP_READS: u32 = 3;
+/// The same of events: 256 MiB.
+const KEEP_EVENTS: u32 = 15;
 /// How long to wait for other writers, each of whom needs less than a millisecond.
 const LOCK_LIMIT: Duration = Duration::from_secs(10);
 /// How much of a file's end is looked at first.
@@ -72,6 +76,12 @@ impl Log {
     #[must_use]
     pub fn reads(directory: PathBuf) -> Self {
         Self { name: READ_LOG, ..Self::with_limits(directory, LIMIT_BYTES, KEEP_READS) }
+    }
+
+    /// The log of events, next to it.
+    #[must_use]
+    pub fn events(directory: PathBuf) -> Self {
+        Self { name: EVENT_LOG, ..Self::with_limits(directory, LIMIT_BYTES, KEEP_EVENTS) }
     }
 
     /// As [`Self::at`]: a new file is begun before one gets longer than `limit_bytes`, and `keep` older ones are kept.

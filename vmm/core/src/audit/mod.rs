@@ -15,6 +15,8 @@
 //!  repeats.rs reads that repeat are counted
 //!  read.rs    the files: read
 //!  check.rs   verifies the hash chain                [pure]
+//!  event_record.rs    an event, as a line                [pure]
+//!  receipt/   the lines about one VM, signed; built and verified [pure]
 //!  checkpoint.rs  a signed statement about the last line, to be kept elsewhere
 //! ```
 //!
@@ -22,9 +24,11 @@
 
 pub(crate) mod check;
 pub mod checkpoint;
+pub(crate) mod event_record;
 pub mod line;
 pub mod log;
 pub(crate) mod read;
+pub mod receipt;
 pub use nido_api::redact;
 mod oversized_arguments;
 pub(crate) mod repeats;

@@ -20,11 +20,11 @@ use crate::audit::read::unreadable;
 use crate::audit::{self, AuditOutcome, Audited, Caller};
 
 /// What the store calls the log of what is done.
-const WRITE_LOG_HEAD: &str = "acts";
+pub(super) const WRITE_LOG_HEAD: &str = "acts";
 
 impl Nido {
     /// The log of what is done. Where it is, is written into the home before anything is written there.
-    fn audit_log(&self) -> Result<Log> {
+    pub(super) fn audit_log(&self) -> Result<Log> {
         let place = self.home().keep_audit_place();
         let place = place.map_err(|e| Error::io("cannot record the path of the audit log", e))?;
         Ok(Log::at(place))
@@ -50,6 +50,10 @@ impl Nido {
     /// # Errors
     /// `audit_failed`.
     pub fn audit_begin(&self, caller: &Caller, tool: &str, arguments: &serde_json::Value) -> Result<Audited> {
+        // What happened before this was requested precedes it.
+        if let Err(error) = self.audit_events() {
+            tracing::warn!("{error}");
+        }
         let begin = || Audited::begin(self.audit_log()?, caller, tool, arguments, &random::id()?);
         let audited = match begin() {
             // What gives space back is not refused because the disk is full.
@@ -102,12 +106,18 @@ impl Nido {
     /// `internal` if the files cannot be read.
     pub fn audit_show(&self, filter: &AuditFilter) -> Result<AuditList> {
         // Numbers are those of one log: a page is of one.
+        if filter.log == Some(AuditLog::Events) {
+            self.audit_events_if_writable()?;
+        }
         let only = filter.log.or(filter.after.map(|_| AuditLog::Acts));
         let mut shown = AuditList { records: Vec::new(), next_cursor: None, damaged: 0 };
-        for (log, of) in
-            [(Log::at(self.home().audit()), AuditLog::Acts), (Log::reads(self.home().audit()), AuditLog::Reads)]
-        {
-            if only.is_none_or(|only| only == of) {
+        for (log, of) in [
+            (Log::at(self.home().audit()), AuditLog::Acts),
+            (Log::reads(self.home().audit()), AuditLog::Reads),
+            (Log::events(self.home().audit()), AuditLog::Events),
+        ] {
+            // Events are no requests: they are shown where they are asked for.
+            if only.map_or(of != AuditLog::Events, |only| only == of) {
                 let part = shown_of(&log, of, filter)?;
                 shown.records.extend(part.records);
                 shown.damaged += part.damaged;
@@ -133,15 +143,11 @@ impl Nido {
         let known = self.store().audit_head(WRITE_LOG_HEAD)?;
         let (mut verdict, _) = log.check_known(against, known)?;
         let (reads, _) = Log::reads(self.home().audit()).check(None)?;
-        verdict.ok &= reads.ok;
-        verdict.trouble = verdict.trouble.or_else(|| reads.trouble.clone());
-        verdict.reads = Some(AuditReads {
-            files: reads.files,
-            lines: reads.lines,
-            first_seq: reads.first_seq,
-            last_seq: reads.last_seq,
-            half_line: reads.half_line,
-        });
+        let (events, _) = Log::events(self.home().audit()).check(None)?;
+        verdict.ok &= reads.ok && events.ok;
+        verdict.trouble = verdict.trouble.or_else(|| reads.trouble.clone()).or_else(|| events.trouble.clone());
+        verdict.reads = Some(part(&reads));
+        verdict.events = Some(part(&events)).filter(|events| events.files > 0);
         verdict.against = against.map(|checkpoint| AuditAgainst {
             seq: checkpoint.seq,
             time: checkpoint.time,
@@ -158,6 +164,12 @@ impl Nido {
     pub fn audit_checkpoint(&self) -> Result<AuditCheckpoint> {
         self.audit_log()?.checkpoint()
     }
+}
+
+/// What a verdict says about a log other than that of writes.
+fn part(verdict: &AuditVerdict) -> AuditReads {
+    let AuditVerdict { files, lines, first_seq, last_seq, half_line, .. } = *verdict;
+    AuditReads { files, lines, first_seq, last_seq, half_line }
 }
 
 /// The lines of one log that a filter wants.

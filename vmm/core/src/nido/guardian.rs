@@ -111,6 +111,8 @@ struct HomeScan {
     vms: Vec<VmFacts>,
     /// Stopped and failed VMs with a restart policy.
     ended: Vec<RestartFacts>,
+    /// Whether the store has events that are not in the audit log.
+    has_events: bool,
 }
 
 impl HomeScan {
@@ -162,6 +164,7 @@ impl Guardian {
                 Ok(seen) => {
                     self.trouble = None;
                     self.seen = seen;
+                    self.copy_events();
                     if !stay && !self.seen.needs_guardian() {
                         return EndReason::NothingRuns;
                     }
@@ -198,10 +201,11 @@ impl Guardian {
     fn scan(&mut self) -> Result<HomeScan> {
         let store = Store::open_to_read(&self.home.database())?;
         let (rows, ended) = (store.rows_to_reconcile()?, store.vms_to_restart()?);
+        let has_events = store.has_uncopied_events()?;
         drop(store);
         let now = Moment::now();
         self.expiries.retain(&rows);
-        Ok(HomeScan { vms: rows.iter().map(|row| self.facts(row, now)).collect(), ended })
+        Ok(HomeScan { vms: rows.iter().map(|row| self.facts(row, now)).collect(), ended, has_events })
     }
 
     fn facts(&mut self, row: &RowFacts, now: Moment) -> VmFacts {
@@ -220,7 +224,7 @@ impl Guardian {
     fn check_locks(&mut self) {
         let mut vms = std::mem::take(&mut self.seen.vms);
         vms.iter_mut().for_each(|vm| self.read_locks(vm));
-        self.seen = HomeScan { vms, ended: Vec::new() };
+        self.seen = HomeScan { vms, ..HomeScan::default() };
     }
 
     fn read_locks(&self, vm: &mut VmFacts) {
@@ -267,6 +271,16 @@ impl Guardian {
         let Some(held) = held.filter(|_| is_held(&self.file(id, VM_LOCK))) else { return Ok(()) };
         tracing::info!("VM {id} lost its supervisor; starting another");
         start_supervisor_unawaited(&self.options, &self.home, id, held)
+    }
+
+    /// Copies events to the audit log, if there are any that were not copied. The first audited operation makes the log.
+    fn copy_events(&self) {
+        if self.seen.has_events
+            && self.home.audit().exists()
+            && let Err(error) = self.open().and_then(|nido| nido.audit_events())
+        {
+            tracing::warn!("{error}");
+        }
     }
 
     /// Sleeps until the next look, or until a supervisor has ended.

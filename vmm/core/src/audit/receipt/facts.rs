@@ -1,0 +1,83 @@
+//! What the lines about a VM state about it. Pure.
+
+use nido_api::name::VmName;
+use nido_api::{AuditLog, EgressRule, EventKind, ReceiptNetwork, ReceiptVm, RuleChange, VmSource};
+use serde_json::Value;
+
+use super::super::event_record::EventParams;
+use super::super::line::Line;
+
+/// What the lines of a VM state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// The VM.
+    pub vm: ReceiptVm,
+    /// Its networks and rules, the oldest first.
+    pub network: Vec<ReceiptNetwork>,
+}
+
+/// Derives the facts about the VM of this id from its lines of both logs.
+pub fn facts(id: &str, name: &VmName, events: &[Line], acts: &[Line]) -> Facts {
+    let vm = ReceiptVm {
+        id: id.to_owned(),
+        name: name.clone(),
+        created_at: None,
+        deleted_at: None,
+        template: None,
+        parts: Default::default(),
+    };
+    let mut facts = Facts { vm, network: Vec::new() };
+    events.iter().for_each(|line| facts.take_event(line));
+    acts.iter().for_each(|line| facts.take_act(line));
+    facts
+}
+
+impl Facts {
+    fn take_event(&mut self, line: &Line) {
+        let Ok(params) = serde_json::from_slice::<EventParams>(&line.record.params) else { return };
+        self.vm.template = self.vm.template.take().or(params.details.template);
+        let tool = &line.record.tool;
+        if *tool == EventKind::VmCreated.word().as_bytes() && self.vm.created_at.is_none() {
+            self.vm.created_at = Some(params.at);
+            let Some(VmSource { parts, net, allow }) = params.details.source else { return };
+            self.vm.parts = parts;
+            let (log, seq) = (AuditLog::Events, line.record.seq);
+            self.network.push(ReceiptNetwork { since: params.at, log, seq, net, allow });
+        } else if *tool == EventKind::VmDeleted.word().as_bytes() {
+            self.vm.deleted_at = Some(params.at);
+        }
+    }
+
+    /// A change of the rules that succeeded continues the list. Without the rules of the creation there is none.
+    fn take_act(&mut self, line: &Line) {
+        let record = &line.record;
+        if record.stage != b"outcome" || record.result != b"success" {
+            return;
+        }
+        let Some(before) = self.network.last() else { return };
+        let Some(change) = change_of(&record.tool, &record.params) else { return };
+        let mut allow = before.allow.clone();
+        match change {
+            RuleChange::Allow(rules) => allow.extend(rules.into_iter().filter(|rule| !before.allow.contains(rule))),
+            RuleChange::Deny(rules) => allow.retain(|rule| !rules.contains(rule)),
+        }
+        let net = before.net;
+        self.network.push(ReceiptNetwork { since: record.time, log: AuditLog::Acts, seq: record.seq, net, allow });
+    }
+}
+
+/// The change that a line requests. Front ends name the rules `allow`, `rules` and `rule`.
+fn change_of(tool: &[u8], params: &[u8]) -> Option<RuleChange> {
+    let params: Value = serde_json::from_slice(params).ok()?;
+    let of = |key: &str| match params.get(key) {
+        Some(Value::Array(rules)) => rules.iter().filter_map(|rule| rule.as_str()?.parse().ok()).collect(),
+        Some(Value::String(rule)) => rule.parse().into_iter().collect(),
+        _ => Vec::<EgressRule>::new(),
+    };
+    let rules: Vec<_> = ["allow", "rules", "rule"].into_iter().flat_map(of).collect();
+    match tool {
+        b"net_allow" => Some(RuleChange::Allow(rules)),
+        b"net_deny" => Some(RuleChange::Deny(rules)),
+        _ => None,
+    }
+}
