@@ -11,7 +11,7 @@ use crate::rig::{TestHome, Vm};
 /// that was sent after everything else.
 const FRAMES: &str = r#"
 import socket, struct, time
-card = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)); card.bind(('eth0', 0)); card.settimeout(30)
+card = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)); card.bind(('eth0', 0)); card.settimeout(2)
 MAC, GATEWAY = bytes.fromhex('525400123456'), bytes.fromhex('52550a000202')
 v4, v6 = (lambda a: socket.inet_pton(socket.AF_INET, a)), (lambda a: socket.inet_pton(socket.AF_INET6, a))
 OWN6 = [l.split()[0] for l in open('/proc/net/if_inet6') if l.startswith('fd6e')]
@@ -34,13 +34,18 @@ def syn(to, port, source=None, sender=40000):
 def datagram(to, port, data=b'x' * 8): return struct.pack('>HHHH', 40000, port, 8 + len(data), 0) + data
 def put(packet, source=MAC): card.send(GATEWAY + source + (b'\x86\xdd' if packet[0] >> 4 == 6 else b'\x08\x00') + packet)
 def barrier(mark=[0]):
-    mark[0] += 1; data = struct.pack('>HH', 77, mark[0])
-    put(ip4('10.0.2.2', 1, with_sum(struct.pack('>BBH', 8, 0, 0) + data, 2))); seen = []
-    while True:
-        frame = card.recv(70000)
-        if frame[6:12] != GATEWAY: continue
-        if frame[34:36] == b'\0\0' and frame[23] == 1 and frame[38:42] == data: return seen
-        seen.append(frame[12:])
+    seen = []
+    for attempt in range(30):
+        mark[0] += 1; data = struct.pack('>HH', 77, mark[0])
+        put(ip4('10.0.2.2', 1, with_sum(struct.pack('>BBH', 8, 0, 0) + data, 2)))
+        try:
+            while True:
+                frame = card.recv(70000)
+                if frame[6:12] != GATEWAY: continue
+                if frame[34:36] == b'\0\0' and frame[23] == 1 and frame[38:42] == data: return seen
+                seen.append(frame[12:])
+        # What came in before may have left no room for the answer.
+        except TimeoutError: pass
 "#;
 
 /// A server on the host's loopback that counts its connections and greets each.
@@ -110,6 +115,7 @@ fn frames_of_ipv6_that_do_not_say_what_they_are_lead_nowhere() {
     let home = TestHome::new();
     let namespaces = crate::rig::Namespaces::new(&home);
     let vm = namespaces.spawn(&home, "web", &["--allow", "[2606:2800:21f::1]:22", "--allow", "host:22"]);
+    vm.sh("until ip -6 -o address show eth0 scope global -tentative | grep -q fd6e; do sleep 0.1; done").ok();
     let script = r"
 TO = '2606:2800:21f::1'; whole = syn(TO, 22)
 def extended(kind, body): return ip6(TO, kind, bytes([6]) + body + whole)
@@ -209,6 +215,7 @@ for i in range(10000):
     put(ip4('10.0.2.2', 6, syn('10.0.2.2', PORT, sender=1024 + i)))
     host = '9.%d.%d.1' % (i >> 8, i & 255)
     put(ip4(host, 6, syn(host, 443)))
+    if i % 4: continue
     name = b'\x06n%05d\x07example\3com\0' % i
     put(ip4('10.0.2.3', 17, datagram('', 53, query + name + b'\0\1\0\1')))
     put(ip4('10.0.2.2', 17, datagram('', 1 + i)))
