@@ -136,7 +136,7 @@ impl Session<'_> {
             None => command.stdout(writer.try_clone().map_err(failed)?),
         };
         command.stderr(writer).process_group(0);
-        let mut group = Group(command.spawn().map_err(failed)?);
+        let mut group = Group(command.spawn().map_err(|error| failed(nido_confine::explained(error)))?);
         // The command holds the writing end of the pipe; without it the pipe ends with the programs.
         drop(command);
 
@@ -226,7 +226,8 @@ fn read_lines(reader: PipeReader) -> Receiver<String> {
 fn program_name(command: &Command) -> String {
     let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
     let own = words.iter().take(12).rposition(|word| word == "--").and_then(|at| words.get(at + 1));
-    own.cloned().unwrap_or_else(|| command.get_program().to_string_lossy().into_owned())
+    let name = || Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    own.cloned().unwrap_or_else(name)
 }
 
 /// The command for the log: scripts are cut to their first line.

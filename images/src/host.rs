@@ -6,17 +6,19 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nido_confine::helper::{self, Limits};
+use nido_confine::{Confinement, Layer, Needs, plan};
+
 use crate::error::ImageError;
 
 /// Programs a build runs, with the Debian packages that have them.
-const TOOLS: [(&str, &str); 9] = [
+const TOOLS: [(&str, &str); 8] = [
     ("mmdebstrap", "mmdebstrap"),
     ("apt-get", "apt"),
     ("apt-config", "apt"),
     ("dpkg-deb", "dpkg"),
     ("unshare", "util-linux"),
     ("setpriv", "util-linux"),
-    ("prlimit", "util-linux"),
     ("mkfs.ext4", "e2fsprogs"),
     ("qemu-img", "qemu-utils"),
 ];
@@ -36,9 +38,11 @@ const COMPILER_HEADERS: [(&str, &str); 2] =
 const XZ: (&str, &str) = ("xz", "xz-utils");
 const NEWUIDMAP: (&str, &str) = ("newuidmap", "uidmap");
 
-/// Most address space and CPU time that a program which reads a guest's disk may use, in bytes and seconds. It also has a deadline.
+/// Most address space (in bytes), CPU time (in seconds) and open files that a program which reads a guest's disk may use. It also has
+/// a deadline.
 const GUEST_DATA_MEMORY: u64 = 4 << 30;
 const GUEST_DATA_CPU_SECONDS: u64 = 4 * 3600;
+const GUEST_DATA_OPEN_FILES: u64 = 256;
 /// How much larger than the disk in it an image may become, in bytes.
 const IMAGE_OVERHEAD: u64 = 1 << 30;
 /// How many ids besides the caller's a build needs.
@@ -102,9 +106,7 @@ impl Host {
     /// [`ImageError::MissingTool`].
     pub(crate) fn for_images() -> Result<Self, ImageError> {
         let host = Self::for_cleaning();
-        for (tool, package) in [("qemu-img", "qemu-utils"), ("setpriv", "util-linux"), ("prlimit", "util-linux")] {
-            host.require(tool, package)?;
-        }
+        host.require("qemu-img", "qemu-utils")?;
         Ok(host)
     }
 
@@ -122,31 +124,29 @@ impl Host {
         command
     }
 
-    /// The same for a program that reads what a guest has written: under limits of memory, CPU time and file size, and without a
-    /// network where this user may have that. `bytes` is the size of the disk that it reads.
-    pub(crate) fn limited(&self, program: &str, scratch: &Path, bytes: u64) -> Command {
-        let words: Vec<&str> = self.without_network(scratch).iter().copied().chain(["setpriv"]).collect();
-        let mut command = Command::new(words[0]);
-        command.args(&words[1..]).args(["--pdeathsig", "KILL", "--", "prlimit", "--core=0"]);
-        command.arg(format!("--as={GUEST_DATA_MEMORY}")).arg(format!("--cpu={GUEST_DATA_CPU_SECONDS}"));
-        command.arg(format!("--fsize={}", bytes.saturating_add(IMAGE_OVERHEAD))).args(["--", program]);
+    /// A confined program that reads untrusted files, and writes in `scratch` only. The paths are absolute.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] if a file is missing, or a layer cannot be prepared.
+    pub(crate) fn confined_reader(
+        &self,
+        program: &str,
+        scratch: &Path,
+        read: &[PathBuf],
+        disk_bytes: u64,
+        layers: &[Layer],
+    ) -> Result<Command, ImageError> {
+        let failed = |error| ImageError::io("confine", Path::new(program), error);
+        let path = self.find(program).ok_or(std::io::ErrorKind::NotFound.into()).map_err(failed)?;
+        // A link is not part of what a confined program sees.
+        let path = path.canonicalize().map_err(failed)?;
+        let mut needs = reader_needs(path, scratch, read);
+        needs.is_script = plan::is_script(&needs.program);
+        let mut command = Command::new(&needs.program);
         self.clean(&mut command, scratch);
-        command
-    }
-
-    /// What a command begins with to have no network; nothing where that is forbidden.
-    fn without_network(&self, scratch: &Path) -> &'static [&'static str] {
-        let words: &[&str] = if self.root {
-            &["unshare", "--net", "--"]
-        } else {
-            &["unshare", "--user", "--map-current-user", "--net", "--"]
-        };
-        let mut attempt = Command::new(words[0]);
-        attempt.args(&words[1..]).arg("true");
-        self.clean(&mut attempt, scratch);
-        let possible =
-            attempt.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success());
-        if possible { words } else { &[] }
+        let confinement = Confinement::prepare(plan::plan(&needs), layers).map_err(failed)?;
+        helper::confine(&mut command, confinement, reader_limits(disk_bytes));
+        Ok(command)
     }
 
     /// Whether programs can run, and devices work, in what a build unpacks below this directory.
@@ -205,7 +205,11 @@ impl Host {
     }
 
     fn has(&self, tool: &str) -> bool {
-        std::env::split_paths(&self.path).any(|directory| is_executable(&directory.join(tool)))
+        self.find(tool).is_some()
+    }
+
+    fn find(&self, tool: &str) -> Option<PathBuf> {
+        std::env::split_paths(&self.path).map(|directory| directory.join(tool)).find(|path| is_executable(path))
     }
 
     /// Proves that a user namespace with subordinate ids works, and explains why not. The source of the ids is not checked before: it
@@ -250,6 +254,22 @@ impl Host {
         let name = output.ok().filter(|output| output.status.success()).map(|output| output.stdout).unwrap_or_default();
         let name = String::from_utf8_lossy(&name).trim().to_owned();
         if name.is_empty() { rustix::process::getuid().as_raw().to_string() } else { name }
+    }
+}
+
+/// What a program needs that reads untrusted files and writes in a directory. Pure.
+fn reader_needs(program: PathBuf, scratch: &Path, read: &[PathBuf]) -> Needs {
+    let directory = scratch.to_owned();
+    Needs { program, own: vec![directory.clone()], directory, read: read.to_owned(), ..Needs::default() }
+}
+
+/// The most that it may use, for a disk of this size. Pure.
+fn reader_limits(disk_bytes: u64) -> Limits {
+    Limits {
+        memory_bytes: GUEST_DATA_MEMORY,
+        cpu_seconds: GUEST_DATA_CPU_SECONDS,
+        file_bytes: disk_bytes.saturating_add(IMAGE_OVERHEAD),
+        open_files: GUEST_DATA_OPEN_FILES,
     }
 }
 
@@ -343,22 +363,25 @@ mod tests {
     /// qemu-img read a guest's disk without a limit of what it may use.
     #[test]
     fn readers_of_a_guests_disk_run_under_limits() {
-        let host = Host::for_cleaning();
         let directory = tempfile::tempdir().unwrap();
-        let mut command = host.limited("sh", directory.path(), 1 << 20);
-        let output = command
-            .args(["-c", "cat /proc/self/limits; ls /sys/class/net 2>/dev/null; cat /proc/net/dev"])
-            .output()
-            .unwrap();
+        let mut command =
+            Host::for_cleaning().confined_reader("cat", directory.path(), &[], 1 << 20, &[Layer::Seccomp]).unwrap();
+        let output = command.arg("/proc/self/limits").arg("/proc/self/status").output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let limit = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
         assert!(limit("Max address space").contains(&GUEST_DATA_MEMORY.to_string()), "{text}");
         assert!(limit("Max cpu time").contains(&GUEST_DATA_CPU_SECONDS.to_string()), "{text}");
         assert!(limit("Max file size").contains(&(IMAGE_OVERHEAD + (1 << 20)).to_string()), "{text}");
-        if !host.without_network(directory.path()).is_empty() {
-            let devices = text.lines().filter(|line| line.contains(':') && !line.contains("Max")).count();
-            assert_eq!(devices, 1, "only the loopback: {text}");
-        }
+        assert!(limit("Max open files").contains(&GUEST_DATA_OPEN_FILES.to_string()), "{text}");
+        assert!(limit("NoNewPrivs").ends_with('1') && limit("Seccomp:").ends_with('2'), "{text}");
+    }
+
+    #[test]
+    fn a_reader_changes_nothing_but_its_directory() {
+        let (scratch, disk) = (Path::new("/home/u/build/1"), PathBuf::from("/home/u/vms/1/disk.qcow2"));
+        let needs = reader_needs("/usr/bin/qemu-img".into(), scratch, std::slice::from_ref(&disk));
+        assert_eq!((needs.own, needs.read), (vec![scratch.to_owned()], vec![disk]));
+        assert!(needs.change.is_empty() && needs.write.is_empty() && !needs.kvm);
     }
 
     #[test]

@@ -8,13 +8,14 @@ use std::process::Command;
 use nido_api::error::Hint;
 
 /// What each crate may depend on, of this workspace.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("nido-api", &[]),
+    ("nido-confine", &["nido-api"]),
     ("nido-files", &["nido-api"]),
     ("nido-fuzz", &[]),
     ("nido-guest-agent", &[]),
-    ("nido-images", &["nido-api", "nido-files", "nido-guest-agent"]),
-    ("nido-engine", &["nido-api", "nido-files", "nido-guest-agent", "nido-images"]),
+    ("nido-images", &["nido-api", "nido-confine", "nido-files", "nido-guest-agent"]),
+    ("nido-engine", &["nido-api", "nido-confine", "nido-files", "nido-guest-agent", "nido-images"]),
     ("nido-net", &["nido-api"]),
     ("nido-store", &["nido-api", "nido-files", "nido-images"]),
     (

@@ -4,7 +4,6 @@
 //! ```text
 //!   machine.rs + host/     request and host facts become a machine      [machine.rs: pure]
 //!   qemu/                  its command line, process, monitor, migration
-//!   confine/               what QEMU's process may still do on the host
 //!   guest/                 the client of the agent inside
 //!   home.rs                every path of a home
 //!   liveness.rs            which processes run
@@ -12,8 +11,9 @@
 //!
 //! Invariants: nothing outside `home.rs` makes a path of the home; every wait has a deadline.
 
+pub use nido_confine as confine;
+
 pub mod bake;
-pub mod confine;
 pub mod disk;
 pub mod error_sources;
 pub mod guest;

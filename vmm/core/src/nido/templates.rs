@@ -11,6 +11,8 @@ use nido_api::{
     BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, PageRequest, StartStage, TemplateInfo, TemplateList,
     VmRef, moment,
 };
+use nido_engine::confine::Layer;
+use nido_engine::machine::Refusal;
 use nido_images::Manifest;
 use nido_store::{Purpose, VmRow};
 use tokio::sync::mpsc;
@@ -180,6 +182,7 @@ impl Nido {
         progress: &mut (dyn FnMut(BuildStep) + Send),
     ) -> Result<()> {
         let (vm, dir) = (&row.spec.name, self.vm_dir(&row.id));
+        let confinement = self.helper_confinement(row.spec.require_confinement).await?;
         let lower = std::iter::once(&row.parts.root).chain(row.parts.frozen.iter().map(|frozen| &frozen.sha256));
         let mut files: Vec<_> = lower.map(|hash| self.home().blob(hash)).collect();
         // A running VM is copied by a hidden snapshot, which is removed again.
@@ -204,7 +207,7 @@ impl Nido {
         };
         let cancel = CancelOnDrop(Arc::default());
         let (home, flag, name) = (self.home().root().to_owned(), Arc::clone(&cancel.0), name.to_string());
-        let disk = nido_images::Layers { files, virtual_bytes: row.disk_bytes };
+        let disk = nido_images::Layers { files, virtual_bytes: row.disk_bytes, confinement };
         let (steps, mut step) = mpsc::unbounded_channel();
         let work = tokio::task::spawn_blocking(move || {
             let mut tell = |progress: nido_images::BuildProgress| drop(steps.send(progress));
@@ -220,6 +223,18 @@ impl Nido {
         drop(held);
         outcome??;
         Ok(())
+    }
+
+    /// The layers that confine a helper program on a guest's data.
+    async fn helper_confinement(&self, is_required: bool) -> Result<Vec<Layer>> {
+        let cache = self.home().cache();
+        let support = tokio::task::spawn_blocking(move || nido_engine::host::confinement::probe(&cache))
+            .await
+            .map_err(|e| Error::internal(format!("the host could not be checked: {e}")))?;
+        if let (true, Some(missing)) = (is_required, support.shortfall()) {
+            return Err(Refusal::ConfinementRequired { missing }.into());
+        }
+        Ok(support.layers())
     }
 
     /// Deletes a template that no VM uses.

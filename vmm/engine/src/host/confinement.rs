@@ -132,7 +132,7 @@ fn try_namespaces(directory: &Path) -> Attempt {
     let directory = make_private_dir(directory).and_then(|()| fs::canonicalize(directory));
     let result = directory.and_then(|directory| {
         let program = std::env::current_exe()?;
-        let plan = plan::plan(&Needs { program, directory, ..Needs::default() });
+        let plan = plan::plan(&Needs { program, own: vec![directory.clone()], directory, ..Needs::default() });
         in_a_child(&mut Confinement::prepare(plan, &[Layer::Namespaces, Layer::NoCapabilities])?)
     });
     match result {
@@ -221,6 +221,7 @@ mod tests {
         let plan = plan::plan(&Needs {
             program: "/no/such/program".into(),
             directory: "/no/such/directory".into(),
+            own: vec!["/no/such/directory".into()],
             ..Needs::default()
         });
         let Ok(mut confinement) = Confinement::prepare(plan, &[Layer::Namespaces]) else { panic!("no root") };

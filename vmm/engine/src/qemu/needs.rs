@@ -23,6 +23,8 @@ pub fn needs(machine: &Machine, files: &Files, program: &Path, directory: &Path)
         program: directory.join(program),
         is_script: plan::is_script(program),
         directory: directory.to_owned(),
+        own: vec![directory.to_owned()],
+        change: Vec::new(),
         read,
         write,
         kvm: machine.accel == Accel::Kvm,

@@ -18,7 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::confine::{Confinement, Failure, Step};
+use crate::confine::{Confinement, Failure, explained};
 use crate::host::daemon::{close_descriptors_at_exec, reset_signals, set_qemu_environment};
 
 /// How to start QEMU.
@@ -77,7 +77,7 @@ impl QemuProcess {
         let mut confinement = launch.confinement;
         // SAFETY: `prepare` makes system calls only; it neither allocates nor locks.
         unsafe { command.pre_exec(move || prepare(lock_fd, confinement.as_mut())) };
-        let mut child = command.spawn().map_err(confinement_error)?;
+        let mut child = command.spawn().map_err(explained)?;
         let pid = Pid::from_child(&child);
         // The child is not waited for yet, so its number cannot belong to another process.
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).inspect_err(|_| {
@@ -184,19 +184,6 @@ pub fn peer_pid(socket: impl AsFd) -> io::Result<Pid> {
     Pid::from_raw(getsockopt(&socket, PeerCredentials)?.pid()).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// A failure of the child's as one number, which is all that it can report to its parent.
-const fn coded(failure: Failure) -> i32 {
-    ((failure.step as i32 + 1) << 16) | failure.errno
-}
-
-/// What the child reported, in words.
-fn confinement_error(error: io::Error) -> io::Error {
-    let code = error.raw_os_error().unwrap_or(0);
-    let Some(step) = Step::ALL.into_iter().find(|step| (*step as i32 + 1) == code >> 16) else { return error };
-    let why = io::Error::from_raw_os_error(code & 0xffff);
-    io::Error::new(why.kind(), format!("its process cannot be confined: {}: {why}", step.name().to_string_lossy()))
-}
-
 /// What happens in the child between fork and exec: system calls and nothing else.
 fn prepare(lock_fd: RawFd, confinement: Option<&mut Confinement>) -> io::Result<()> {
     let done = |result: libc::c_int| if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) };
@@ -209,9 +196,7 @@ fn prepare(lock_fd: RawFd, confinement: Option<&mut Confinement>) -> io::Result<
         done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         // The directories of a new root must be usable.
         libc::umask(0o022);
-        confinement
-            .map_or(Ok(()), Confinement::enter)
-            .map_err(|failure| io::Error::from_raw_os_error(coded(failure)))?;
+        confinement.map_or(Ok(()), Confinement::enter).map_err(Failure::error)?;
         libc::umask(0o177);
         let mut blocked: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut blocked);

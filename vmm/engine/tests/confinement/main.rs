@@ -62,6 +62,7 @@ impl Host {
         Needs {
             program: std::env::current_exe().unwrap(),
             directory: self.vm(),
+            own: vec![self.vm()],
             read: vec![self.dir.path().join("blobs/root")],
             write: vec![self.dir.path().join("blobs/memory")],
             ..Needs::default()

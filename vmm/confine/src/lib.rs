@@ -1,8 +1,9 @@
-//! The confinement of QEMU's process: what a guest that has taken over its QEMU can still do on the host.
+//! The confinement of a program that works on untrusted data: what a guest that has taken over its QEMU, or an image that has
+//! taken over `qemu-img`, can still do on the host.
 //!
 //! ```text
 //!  parent   Needs --plan--> Plan --prepare--> Confinement         everything that allocates
-//!  child    fork -> namespaces -> no capabilities -> Landlock -> seccomp -> exec QEMU
+//!  child    fork -> namespaces -> no capabilities -> Landlock -> seccomp -> exec
 //! ```
 //!
 //! | layer           | what it takes away                                       | needs                              |
@@ -12,7 +13,7 @@
 //! | landlock        | files, TCP, signals and abstract sockets, as it knows    | Linux 5.13; signals from 6.12      |
 //! | seccomp         | system calls: sockets but local ones, mounts, tracing    | nothing                            |
 //!
-//! Invariants: a layer that was promised is in force, or QEMU does not start; between fork and exec nothing allocates and
+//! Invariants: a layer that was promised is in force, or the program does not start; between fork and exec nothing allocates and
 //! nothing locks.
 #![allow(unsafe_code)]
 
@@ -24,6 +25,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 pub mod capabilities;
+pub mod helper;
 pub mod landlock;
 pub mod plan;
 pub mod private_root;
@@ -93,9 +95,31 @@ impl Step {
         }
     }
 
+    /// This step of a failure that [`Failure::error`] has made.
+    fn of(code: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|step| (*step as i32 + 1) == code >> 16)
+    }
+
     fn failed(self, error: &io::Error) -> Failure {
         Failure { step: self, errno: error.raw_os_error().unwrap_or(libc::EIO) }
     }
+}
+
+impl Failure {
+    /// The failure as one number, which is all that a child can report to the parent that waits for its exec. Allocates nothing.
+    #[must_use]
+    pub fn error(self) -> io::Error {
+        io::Error::from_raw_os_error(((self.step as i32 + 1) << 16) | self.errno)
+    }
+}
+
+/// What a child reported, in words.
+#[must_use]
+pub fn explained(error: io::Error) -> io::Error {
+    let code = error.raw_os_error().unwrap_or(0);
+    let Some(step) = Step::of(code) else { return error };
+    let why = io::Error::from_raw_os_error(code & 0xffff);
+    io::Error::new(why.kind(), format!("its process cannot be confined: {}: {why}", step.name().to_string_lossy()))
 }
 
 /// The result of a system call that returns -1 on failure.

@@ -71,6 +71,7 @@ const fn rights(access: Access) -> u64 {
         Access::Read => READ_FILE | READ_DIR,
         Access::Execute => READ_FILE | READ_DIR | EXECUTE,
         Access::Write => READ_FILE | WRITE_FILE,
+        Access::Change => READ_FILE | WRITE_FILE | TRUNCATE,
         Access::Device => READ_FILE | WRITE_FILE | IOCTL_DEV,
         Access::Own => READ_FILE | WRITE_FILE | READ_DIR | REMOVE_FILE | MAKE_REG | MAKE_SOCK | TRUNCATE,
     }
@@ -136,6 +137,7 @@ mod tests {
     #[test]
     fn a_memory_image_cannot_be_truncated_and_a_template_not_written() {
         assert_eq!(rights(Access::Write) & TRUNCATE, 0);
+        assert_eq!(rights(Access::Change) & (REMOVE_FILE | MAKE_REG | TRUNCATE), TRUNCATE);
         assert_eq!(rights(Access::Read) & (WRITE_FILE | TRUNCATE), 0);
         assert_eq!(rights(Access::Own) & (EXECUTE | IOCTL_DEV), 0);
     }

@@ -149,7 +149,7 @@ fn bind(path: &Path, access: Access) -> io::Result<Bind> {
     let attributes = match access {
         Access::Read => READ_ONLY | NO_DEVICES | NO_EXECUTION,
         Access::Execute => READ_ONLY | NO_DEVICES,
-        Access::Write | Access::Own => NO_DEVICES | NO_EXECUTION,
+        Access::Write | Access::Change | Access::Own => NO_DEVICES | NO_EXECUTION,
         Access::Device => READ_ONLY | NO_EXECUTION,
     };
     // The C library may read random numbers from a device.

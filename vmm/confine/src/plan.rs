@@ -1,7 +1,6 @@
-//! Which files a confined QEMU may use, and how. Pure, but for [`is_script`].
+//! Which files a confined program may use, and how. Pure, but for [`is_script`].
 //!
-//! Invariant: nothing but the VM's own directory can be changed, with one exception: an older QEMU opens a warm image's memory for
-//! writing although it maps it privately.
+//! Invariant: nothing can be changed but what is named in `own`, `change` and `write`.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +20,7 @@ const SYSTEM_DIRECTORIES: [&str; 11] = [
 ];
 /// Where a program that was installed below a directory of its own keeps them, seen from that directory.
 const PREFIX_DIRECTORIES: [&str; 4] = ["lib", "lib64", "libexec", "share/qemu"];
-/// What QEMU and its libraries read about the host. `/proc/self` is QEMU's own.
+/// What QEMU and its libraries read about the host. `/proc/self` is the program's own.
 const HOST_FACTS: [&str; 4] = ["/etc/ld.so.cache", "/proc/self", "/sys/devices/system/cpu", "/sys/devices/system/node"];
 /// Where a shell script that stands for QEMU finds its interpreter and QEMU.
 const SCRIPT_DIRECTORIES: [&str; 2] = ["/bin", "/usr/bin"];
@@ -36,37 +35,43 @@ pub enum Access {
     Read,
     /// As [`Access::Read`]; programs are executed, too.
     Execute,
-    /// A file is read and changed.
+    /// A file is read and written, and keeps its length or grows.
     Write,
+    /// A file is read, written and truncated.
+    Change,
     /// A device is read, written and controlled.
     Device,
     /// Files and sockets in a directory are made, changed and removed.
     Own,
 }
 
-/// A path that QEMU may use.
+/// A path that the program may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// An absolute path.
     pub path: PathBuf,
     /// What may be done with it, and with all that is below.
     pub access: Access,
-    /// QEMU is not started without it.
+    /// The program is not started without it.
     pub is_required: bool,
 }
 
-/// What one start of QEMU needs.
+/// What one start of a program needs.
 #[derive(Clone, Debug, Default)]
 pub struct Needs {
-    /// QEMU's binary; an absolute path.
+    /// The binary; an absolute path.
     pub program: PathBuf,
     /// It is a script: it has an interpreter.
     pub is_script: bool,
-    /// The VM's directory; an absolute path.
+    /// The working directory; an absolute path. Nothing in it may be used that is not named below.
     pub directory: PathBuf,
-    /// Files outside of it that are read: absolute paths.
+    /// Directories in which files and sockets are made, changed and removed: absolute paths.
+    pub own: Vec<PathBuf>,
+    /// Files that are written and truncated, but neither replaced nor removed.
+    pub change: Vec<PathBuf>,
+    /// Files that are read.
     pub read: Vec<PathBuf>,
-    /// Files outside of it that are opened for writing.
+    /// Files that are opened for writing, but keep their length.
     pub write: Vec<PathBuf>,
     /// The machine runs under KVM.
     pub kvm: bool,
@@ -74,12 +79,12 @@ pub struct Needs {
     pub vsock: bool,
 }
 
-/// The paths that QEMU may use, sorted: a directory comes before what is in it.
+/// The paths that the program may use, sorted: a directory comes before what is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// The paths, each once.
     pub entries: Vec<Entry>,
-    /// The VM's directory.
+    /// The working directory.
     pub directory: PathBuf,
 }
 
@@ -91,12 +96,13 @@ pub fn is_script(program: &Path) -> bool {
     std::fs::File::open(program).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"#!"
 }
 
-/// Plans the confinement of one QEMU.
+/// Plans the confinement of one program.
 #[must_use]
 pub fn plan(needs: &Needs) -> Plan {
     let optional = |path: &str, access| Entry { path: path.into(), access, is_required: false };
     let required = |path: &Path, access| Entry { path: path.into(), access, is_required: true };
-    let mut entries = vec![required(&needs.program, Access::Execute), required(&needs.directory, Access::Own)];
+    let mut entries = vec![required(&needs.program, Access::Execute)];
+    entries.extend(needs.own.iter().map(|path| required(path, Access::Own)));
     entries.extend(SYSTEM_DIRECTORIES.map(|path| optional(path, Access::Execute)));
     if needs.is_script {
         entries.extend(SCRIPT_DIRECTORIES.map(|path| optional(path, Access::Execute)));
@@ -112,6 +118,7 @@ pub fn plan(needs: &Needs) -> Plan {
     entries.extend(needs.kvm.then(|| required(Path::new("/dev/kvm"), Access::Device)));
     entries.extend(needs.vsock.then(|| required(Path::new("/dev/vhost-vsock"), Access::Device)));
     entries.extend(needs.read.iter().map(|path| required(path, Access::Read)));
+    entries.extend(needs.change.iter().map(|path| required(path, Access::Change)));
     entries.extend(needs.write.iter().map(|path| required(path, Access::Write)));
     // Of several rights for the same path, the largest: the last.
     entries.sort_by(|a, b| (&a.path, b.access, b.is_required).cmp(&(&b.path, a.access, a.is_required)));
@@ -127,6 +134,8 @@ mod tests {
         Needs {
             program: "/usr/bin/qemu-system-x86_64".into(),
             directory: "/home/u/.nido/vms/1".into(),
+            own: vec!["/home/u/.nido/vms/1/qemu".into()],
+            change: vec!["/home/u/.nido/vms/1/disk.qcow2".into()],
             read: vec!["/home/u/.nido/blobs/b".into(), "/home/u/.nido/blobs/a".into()],
             ..Needs::default()
         }
@@ -137,20 +146,19 @@ mod tests {
     }
 
     #[test]
-    fn only_the_directory_of_the_vm_can_be_changed() {
+    fn only_what_is_named_for_it_can_be_changed() {
         let plan = plan(&needs());
         let changed: Vec<_> = plan.entries.iter().filter(|entry| entry.access >= Access::Write).collect();
         let paths: Vec<_> = changed.iter().map(|entry| entry.path.to_str().unwrap()).collect();
-        assert_eq!(paths, ["/dev/null", "/home/u/.nido/vms/1"]);
+        assert_eq!(paths, ["/dev/null", "/home/u/.nido/vms/1/disk.qcow2", "/home/u/.nido/vms/1/qemu"]);
         assert_eq!(access(&plan, "/home/u/.nido/blobs/a"), Some(Access::Read));
     }
 
     #[test]
     fn nothing_above_what_is_named_can_be_read() {
         let plan = plan(&needs());
-        for closed in
-            ["/", "/etc", "/home", "/home/u/.nido", "/home/u/.nido/blobs", "/proc", "/dev", "/usr", "/usr/bin"]
-        {
+        let around = ["/home", "/home/u/.nido", "/home/u/.nido/blobs", "/home/u/.nido/vms", "/home/u/.nido/vms/1"];
+        for closed in ["/", "/etc", "/proc", "/dev", "/usr", "/usr/bin"].into_iter().chain(around) {
             assert_eq!(access(&plan, closed), None, "{closed}");
         }
     }
