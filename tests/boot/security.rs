@@ -91,7 +91,7 @@ fn the_monitor_cannot_start_programs() {
     let marker = home.user_dir().join("broken-out");
     // The monitor serves one client at a time; without its supervisor it is free.
     vm.kill_supervisor();
-    let mut monitor = connect(&dir, "qmp.sock");
+    let mut monitor = connect(&dir, "qemu/qmp.sock");
     let mut lines = BufReader::new(monitor.try_clone().unwrap()).lines();
     let mut next = || lines.next().and_then(Result::ok);
     assert!(next().unwrap().contains("\"QMP\""));

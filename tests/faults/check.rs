@@ -38,18 +38,15 @@ const HOME_FILES: [&str; 22] = [
     "guardian.lock",
 ];
 /// The files in the directory of a stopped VM. Sockets of a supervisor that was killed may.
-const VM_FILES: [&str; 21] = [
+const VM_FILES: [&str; 16] = [
     "vm.json",
     "supervisor.lock",
     "vm.lock",
     "disk.qcow2",
     "guest.cbor",
-    "qmp.sock",
-    "channel.sock",
+    "qemu",
     "agent.sock",
     "control.sock",
-    "net.sock",
-    "net-qemu.sock",
     "snapshots",
     "console.log",
     "console.log.1",
@@ -58,8 +55,6 @@ const VM_FILES: [&str; 21] = [
     "supervisor.log",
     "supervisor.log.1",
     "unwritten.json",
-    "load.sock",
-    "snapshot.sock",
 ];
 
 fn rows(rig: &Rig) -> Vec<VmRow> {

@@ -47,7 +47,7 @@ fn syn(from: u16, to: u16) -> Vec<u8> {
 
 fn send(home: &Home, id: &str, frame: &[u8]) {
     let socket = UnixDatagram::unbound().unwrap();
-    socket.send_to(frame, vm_dir(home, id).join("net.sock")).unwrap();
+    socket.send_to(frame, vm_dir(home, id).join("qemu/net.sock")).unwrap();
 }
 
 #[test]

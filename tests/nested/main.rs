@@ -75,7 +75,7 @@ fn kvm_is_really_used() {
     let links: Vec<_> = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
     assert!(links.iter().any(|link| link.to_string_lossy().contains("kvm-vcpu")), "{links:?}");
     // QEMU's. Any command of nido's would bring the next supervisor, which takes the monitor.
-    let monitor = vm.dir().join("qmp.sock");
+    let monitor = vm.dir().join("qemu/qmp.sock");
     vm.kill_supervisor();
     assert_eq!(ask_qemu(&monitor, "query-kvm"), json!({"enabled": true, "present": true}));
     assert_eq!(vm.exec(["hostname"]).text(), "web");

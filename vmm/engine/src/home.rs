@@ -18,18 +18,23 @@ use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
 pub const VM_LOCK: &str = "vm.lock";
 /// Locked by the process that may change the VM: its supervisor, or the command that starts or deletes it.
 pub const SUPERVISOR_LOCK: &str = "supervisor.lock";
+/// The directory of the sockets of QEMU, and of those that it connects to: QEMU can change it, and nothing else that is a directory.
+pub const QEMU_DIRECTORY: &str = "qemu";
+/// Sockets that earlier versions had in the VM's directory itself.
+pub const EARLIER_SOCKETS: [&str; 7] =
+    ["qmp.sock", "channel.sock", "net.sock", "net-qemu.sock", "load.sock", "save.sock", "snapshot.sock"];
 /// QEMU's monitor.
-pub const QMP_SOCKET: &str = "qmp.sock";
+pub const QMP_SOCKET: &str = "qemu/qmp.sock";
 /// Where QEMU brings the guest's virtio-serial port; the supervisor listens.
-pub const CHANNEL_SOCKET: &str = "channel.sock";
+pub const CHANNEL_SOCKET: &str = "qemu/channel.sock";
 /// Each connection is one stream to the agent; the supervisor listens.
 pub const AGENT_SOCKET: &str = "agent.sock";
 /// Requests to the supervisor.
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// The supervisor's end of the guest's network link: a frame is a datagram.
-pub const NETWORK_SOCKET: &str = "net.sock";
+pub const NETWORK_SOCKET: &str = "qemu/net.sock";
 /// QEMU's end of it.
-pub const NETWORK_QEMU_SOCKET: &str = "net-qemu.sock";
+pub const NETWORK_QEMU_SOCKET: &str = "qemu/net-qemu.sock";
 /// The guest's serial console, as QEMU writes it.
 pub const CONSOLE_LOG: &str = "console.log";
 /// What QEMU itself prints.
@@ -43,11 +48,11 @@ pub const MEMORY_IMAGE: &str = "memory.img";
 /// The device state of one.
 pub const DEVICE_STATE: &str = "state.bin";
 /// Where QEMU is given the state of a machine that was saved.
-pub const LOAD_SOCKET: &str = "load.sock";
+pub const LOAD_SOCKET: &str = "qemu/load.sock";
 /// Where QEMU saves the state of a machine that becomes a warm image.
-pub const SAVE_SOCKET: &str = "save.sock";
+pub const SAVE_SOCKET: &str = "qemu/save.sock";
 /// Where QEMU saves the state of a machine for a snapshot.
-pub const SNAPSHOT_SOCKET: &str = "snapshot.sock";
+pub const SNAPSHOT_SOCKET: &str = "qemu/snapshot.sock";
 /// The VM's snapshots, by name.
 pub const SNAPSHOTS: &str = "snapshots";
 /// What the supervisor could not write into the store yet.

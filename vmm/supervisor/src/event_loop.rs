@@ -24,6 +24,7 @@ use super::failure_error;
 use super::jobs::{self, Job, Tails, rotate_logs};
 use super::launch::RunningQemu;
 use super::lifecycle::{Event, Stop};
+use super::qemu_sockets;
 use super::readiness::Readiness;
 use super::role::Role;
 use super::start_report::End;
@@ -239,6 +240,7 @@ impl Supervisor {
         for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET].into_iter().chain(network) {
             let _ = unlink(Path::new(socket));
         }
+        let _ = qemu_sockets::remove_earlier(Path::new("."));
     }
 
     /// Records how the VM ended, notifies all waiting clients, and removes its files if it is ephemeral.

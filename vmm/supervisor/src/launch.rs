@@ -203,6 +203,10 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
     // The last run's words are not this one's: they would be taken for the reason of its end.
     log.set_len(0).map_err(broken)?;
     let _ = std::fs::write(CONSOLE_LOG, b"");
+    if let Memory::File(path) = &files.memory {
+        // QEMU cannot make a file there, and gives an empty one its size.
+        OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(broken)?;
+    }
     let args = flatten(parts(machine, &files));
     let program = qemu.path.as_path();
     let confinement = confinement(machine, &files, program)?;

@@ -40,6 +40,7 @@ mod old_connections;
 mod pause;
 mod pool;
 mod power_off;
+mod qemu_sockets;
 mod qmp;
 mod readiness;
 mod role;

@@ -30,6 +30,7 @@ use super::limits::Limits;
 use super::network;
 use super::old_connections::Ends;
 use super::pause::AutomaticResume;
+use super::qemu_sockets;
 use super::readiness::{AgentRoute, Readiness};
 use super::role::Role;
 use super::start_report::{PendingStart, StartReport};
@@ -134,6 +135,7 @@ impl Supervisor {
         let machine = row.machine.clone().ok_or_else(|| Error::internal("the VM has no machine"))?;
         let dir = context.vm_dir(&row.id);
         let guest = context.guest(&row)?;
+        qemu_sockets::prepare(Path::new("."), attach).map_err(|e| Error::io("cannot prepare the VM's sockets", e))?;
         let channel = match machine.transport {
             Transport::VirtioSerial { .. } => {
                 // The agent of a warm image waits for a new connection. That of a snapshot has an open one, and the state of a

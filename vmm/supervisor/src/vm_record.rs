@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::VmState;
 use nido_engine::home::{
-    AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, GUEST_CONFIG, NAME_PINS, NETWORK_QEMU_SOCKET,
-    NETWORK_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
+    AGENT_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, EARLIER_SOCKETS, GUEST_CONFIG, NAME_PINS, QEMU_DIRECTORY, QEMU_LOG,
+    SUPERVISOR_LOCK, SUPERVISOR_LOG, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
 };
 use nido_files::atomic_file::{Durability, is_temporary, write_private};
 use nido_store::{Purpose, VmRow, spec_of_stored, stored_spec};
@@ -24,17 +24,13 @@ const FORMAT: u32 = 1;
 /// The longest record that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 /// Files that hold nothing of a guest: locks, sockets, logs, configuration.
-const DISPOSABLE_FILES: [&str; 16] = [
+const DISPOSABLE_FILES: [&str; 12] = [
     SUPERVISOR_LOCK,
     VM_LOCK,
     VM_RECORD,
     GUEST_CONFIG,
-    QMP_SOCKET,
-    CHANNEL_SOCKET,
     AGENT_SOCKET,
     CONTROL_SOCKET,
-    NETWORK_SOCKET,
-    NETWORK_QEMU_SOCKET,
     CONSOLE_LOG,
     QEMU_LOG,
     SUPERVISOR_LOG,
@@ -227,7 +223,8 @@ pub fn holds_data(dir: &VmDir) -> bool {
 /// Whether a file of that name holds nothing of a guest.
 fn is_without_data(name: &str) -> bool {
     let rotated = name.strip_suffix(".1").filter(|log| log.ends_with(".log"));
-    DISPOSABLE_FILES.contains(&rotated.unwrap_or(name)) || is_temporary(name)
+    let is_known = |names: &[&str]| names.contains(&rotated.unwrap_or(name));
+    is_known(&DISPOSABLE_FILES) || is_known(&EARLIER_SOCKETS) || name == QEMU_DIRECTORY || is_temporary(name)
 }
 
 /// Removes a directory that holds no data. What appears in it meanwhile is kept, and so is the directory then.
@@ -240,7 +237,8 @@ pub fn remove_without_data(dir: &VmDir) -> io::Result<()> {
     names.sort_by_key(|name| name == SUPERVISOR_LOCK);
     for name in names {
         if name.to_str().is_some_and(is_without_data) {
-            match fs::remove_file(dir.path().join(name)) {
+            let path = dir.path().join(&name);
+            match if name == QEMU_DIRECTORY { fs::remove_dir_all(path) } else { fs::remove_file(path) } {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
@@ -321,6 +319,8 @@ mod tests {
         for name in ["supervisor.lock", "vm.lock", "console.log", "console.log.1", "vm.json", "guest.cbor"] {
             fs::write(dir.file(name), "").unwrap();
         }
+        fs::create_dir(dir.file("qemu")).unwrap();
+        fs::write(dir.file("qemu/qmp.sock"), "").unwrap();
         assert!(!holds_data(&dir));
         for name in ["disk.qcow2", "disk.qcow2.new", "state.bin", "memory.img", "notes.1", "unknown"] {
             fs::write(dir.file(name), "").unwrap();

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::home::VM_LOCK;
+
 /// Kills every process of this user that works in the removed directory `dir`, but not this one. Returns how many still run
 /// after `timeout`.
 pub fn kill_processes_in_removed(dir: &Path, timeout: Duration) -> usize {
@@ -74,9 +76,18 @@ fn kill(processes: &[OwnedFd], timeout: Duration) -> usize {
 
 fn processes_in_removed(dir: &Path) -> Vec<OwnedFd> {
     let Some(dir) = real(dir) else { return Vec::new() };
-    let mut wanted = dir.into_os_string();
-    wanted.push(" (deleted)");
-    processes(|process| fs::read_link(process.join("cwd")).is_ok_and(|cwd| *cwd == *wanted))
+    let deleted = |path: PathBuf| {
+        let mut path = path.into_os_string();
+        path.push(" (deleted)");
+        PathBuf::from(path)
+    };
+    // The directory that a QEMU with a root of its own works in is its own, too; it holds the VM's lock.
+    let (wanted, lock) = (deleted(dir.clone()), deleted(dir.join(VM_LOCK)));
+    processes(|process| {
+        let mut open = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+        fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd == wanted)
+            || open.any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file == lock))
+    })
 }
 
 fn lock_holders(wanted: &Path) -> Vec<OwnedFd> {

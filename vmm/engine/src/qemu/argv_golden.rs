@@ -44,6 +44,11 @@ fn machine(kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict) -> Mach
     machine_on(&qemu_facts(), kind, accel, vsock, false)
 }
 
+/// A machine, for tests of other modules.
+pub(super) fn microvm() -> Machine {
+    machine(MachineChoice::Microvm, AccelChoice::Tcg, VsockVerdict::Absent)
+}
+
 fn machine_on(qemu: &QemuFacts, kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict, nested: bool) -> Machine {
     let request = MachineRequest {
         cpus: 2,

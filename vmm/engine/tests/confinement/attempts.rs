@@ -44,9 +44,11 @@ fn escaped_qemu() {
     attempt("write its disk", open_both_ways(Path::new("disk.qcow2")));
     attempt("read a template", fs::read(host.join("blobs/root")).map(drop));
     attempt("write a memory image that an older qemu opens", open_both_ways(&host.join("blobs/memory")));
-    let _ = fs::remove_file("made.sock");
-    attempt("make a socket in its directory", UnixDatagram::bind("made.sock").map(drop));
-    attempt("connect to a socket in its directory", UnixStream::connect("channel.sock").map(drop));
+    attempt("truncate its disk", OpenOptions::new().write(true).truncate(true).open("disk.qcow2").map(drop));
+    let _ = fs::remove_file("qemu/made.sock");
+    attempt("make a socket in its directory", UnixDatagram::bind("qemu/made.sock").map(drop));
+    attempt("connect to a socket in its directory", UnixStream::connect("qemu/channel.sock").map(drop));
+    files_of_the_supervisor();
 
     attempt("read /etc/shadow", fs::read("/etc/shadow").map(drop));
     attempt("read the secret of the user", fs::read(host.join("home/secret")).map(drop));
@@ -55,8 +57,8 @@ fn escaped_qemu() {
     attempt("write a template", write(&host.join("blobs/root")));
     attempt("list the home", fs::read_dir(host.join("home")).map(drop));
     attempt("run a program of the home", run(host));
-    let _ = fs::remove_file("link");
-    attempt("make a link in its directory", std::os::unix::fs::symlink("/etc", "link"));
+    let _ = fs::remove_file("qemu/link");
+    attempt("make a link in its directory", std::os::unix::fs::symlink("/etc", "qemu/link"));
     attempt("make a device", device());
 
     attempt("connect to 127.0.0.1", TcpStream::connect(address).map(drop));
@@ -64,6 +66,17 @@ fn escaped_qemu() {
     let abstract_address = SocketAddr::from_abstract_name(abstract_name).unwrap();
     attempt("connect to an abstract socket", UnixStream::connect_addr(&abstract_address).map(drop));
     calls(supervisor);
+}
+
+/// What else is in the VM's directory.
+fn files_of_the_supervisor() {
+    attempt("connect to the supervisor", UnixStream::connect("control.sock").map(drop));
+    attempt("read the record of the vm", fs::read("vm.json").map(drop));
+    attempt("write the record of the vm", write(Path::new("vm.json")));
+    attempt("write the log of the supervisor", write(Path::new("supervisor.log")));
+    attempt("write a snapshot", write(Path::new("snapshots/one/disk.qcow2")));
+    attempt("make a file of the vm", File::create("made").map(drop));
+    attempt("replace its disk", fs::copy("disk.qcow2", "other").and_then(|_| fs::rename("other", "disk.qcow2")));
 }
 
 fn calls(supervisor: libc::pid_t) {
@@ -98,11 +111,11 @@ fn run(host: &Path) -> Result<()> {
 }
 
 fn device() -> Result<()> {
-    let _ = fs::remove_file("null");
-    let name = CString::new("null").unwrap();
+    let _ = fs::remove_file("qemu/null");
+    let name = CString::new("qemu/null").unwrap();
     // SAFETY: the kernel reads a text.
     called(unsafe { libc::mknod(name.as_ptr(), libc::S_IFCHR | 0o600, libc::makedev(1, 3)) }.into())?;
-    let opened = File::open("null").map(drop);
-    let _ = fs::remove_file("null");
+    let opened = File::open("qemu/null").map(drop);
+    let _ = fs::remove_file("qemu/null");
     opened
 }

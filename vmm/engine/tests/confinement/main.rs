@@ -33,10 +33,12 @@ impl Host {
     fn new(number: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
-        for name in ["vm", "other-vm", "blobs", "home"] {
-            fs::create_dir(path(name)).unwrap();
+        for name in ["vm/qemu", "vm/snapshots/one", "other-vm", "blobs", "home"] {
+            fs::create_dir_all(path(name)).unwrap();
         }
-        for file in ["other-vm/disk.qcow2", "home/secret", "vm/disk.qcow2", "blobs/root", "blobs/memory"] {
+        let of_supervisor = ["vm/vm.json", "vm/supervisor.log", "vm/snapshots/one/disk.qcow2"];
+        let files = ["other-vm/disk.qcow2", "home/secret", "vm/disk.qcow2", "blobs/root", "blobs/memory"];
+        for file in files.into_iter().chain(of_supervisor) {
             fs::write(path(file), "content").unwrap();
             fs::set_permissions(path(file), fs::Permissions::from_mode(0o600)).unwrap();
         }
@@ -45,7 +47,8 @@ impl Host {
         let address = <std::os::unix::net::SocketAddr as std::os::linux::net::SocketAddrExt>::from_abstract_name(&name);
         let sockets = vec![
             UnixListener::bind(path("home/socket")).unwrap(),
-            UnixListener::bind(path("vm/channel.sock")).unwrap(),
+            UnixListener::bind(path("vm/qemu/channel.sock")).unwrap(),
+            UnixListener::bind(path("vm/control.sock")).unwrap(),
             UnixListener::bind_addr(&address.unwrap()).unwrap(),
         ];
         let facts =
@@ -62,8 +65,9 @@ impl Host {
         Needs {
             program: std::env::current_exe().unwrap(),
             directory: self.vm(),
-            own: vec![self.vm()],
-            read: vec![self.dir.path().join("blobs/root")],
+            own: vec![self.vm().join("qemu")],
+            change: vec![self.vm().join("disk.qcow2")],
+            read: vec![self.dir.path().join("blobs/root"), self.vm().join("facts")],
             write: vec![self.dir.path().join("blobs/memory")],
             ..Needs::default()
         }
@@ -101,17 +105,18 @@ fn support() -> ConfinementSupport {
 }
 
 /// Attempts that a running QEMU makes itself.
-const NEEDED: [&str; 7] = [
+const NEEDED: [&str; 8] = [
     "read its disk",
     "read a template",
     "write its disk",
+    "truncate its disk",
     "make a socket in its directory",
     "connect to a socket in its directory",
     "write a memory image that an older qemu opens",
     "signal itself",
 ];
 /// What every user may do on most hosts, and root alone.
-const POSSIBLE: [&str; 10] = [
+const POSSIBLE: [&str; 17] = [
     "read the secret of the user",
     "read the disk of another vm",
     "write a template",
@@ -122,6 +127,13 @@ const POSSIBLE: [&str; 10] = [
     "signal the supervisor",
     "run a program of the home",
     "make a link in its directory",
+    "connect to the supervisor",
+    "read the record of the vm",
+    "write the record of the vm",
+    "write the log of the supervisor",
+    "write a snapshot",
+    "make a file of the vm",
+    "replace its disk",
 ];
 const FOR_ROOT: [&str; 4] = ["read /etc/shadow", "mount", "open a raw socket", "make a device"];
 
@@ -162,7 +174,7 @@ async fn landlock_and_seccomp_hold_without_namespaces() {
     let confined = host.play(Some(&[Layer::Landlock, Layer::Seccomp, Layer::NoCapabilities])).await;
     assert_all(&confined, &NEEDED, true);
     // Landlock has no say about sockets in the file system yet.
-    let reachable = ["connect to a socket of the user", "connect to an abstract socket"];
+    let reachable = ["connect to a socket of the user", "connect to the supervisor", "connect to an abstract socket"];
     let is_reachable = |name: &&str| reachable.contains(name);
     assert_all(&confined, &POSSIBLE.into_iter().filter(|name| !is_reachable(name)).collect::<Vec<_>>(), false);
     assert_all(&confined, &FOR_ROOT, false);
@@ -176,9 +188,28 @@ async fn every_layer_has_an_effect_of_its_own() {
     let denied: [(Layer, &[&str]); 3] = [
         (
             Layer::Namespaces,
-            &["read the secret of the user", "connect to 127.0.0.1", "connect to a socket of the user"],
+            &[
+                "read the secret of the user",
+                "connect to 127.0.0.1",
+                "connect to a socket of the user",
+                "connect to the supervisor",
+                "write the record of the vm",
+                "write a snapshot",
+                "replace its disk",
+            ],
         ),
-        (Layer::Landlock, &["read the secret of the user", "write a template", "make a link in its directory"]),
+        (
+            Layer::Landlock,
+            &[
+                "read the secret of the user",
+                "write a template",
+                "make a link in its directory",
+                "write the record of the vm",
+                "write the log of the supervisor",
+                "write a snapshot",
+                "replace its disk",
+            ],
+        ),
         (Layer::Seccomp, &["connect to 127.0.0.1", "signal the supervisor", "load a bpf program"]),
     ];
     for (layer, names) in denied {
