@@ -51,6 +51,17 @@ pub struct Settings {
     pub session_grace: Duration,
 }
 
+impl Settings {
+    /// The same, with rules in place of the presets in the policy's limits.
+    ///
+    /// # Errors
+    /// `spec_invalid`: a preset does not exist or cannot be used.
+    pub async fn with_plain_rules(mut self, nido: &Nido) -> Result<Self> {
+        self.policy.limits = nido.with_plain_rules(self.policy.limits).await?;
+        Ok(self)
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         let (policy, tools, exclude) = Default::default();

@@ -38,7 +38,7 @@ const VM_FIELDS: [&str; 30] = [
 ];
 
 /// Fields that are there only where they apply.
-const OPTIONAL_FIELDS: [&str; 2] = ["allow", "network"];
+const OPTIONAL_FIELDS: [&str; 3] = ["allow", "network", "presets"];
 
 #[track_caller]
 fn has(value: &Value, fields: &[&str]) {

@@ -51,6 +51,7 @@ mod network;
 mod network_rules;
 mod paused;
 mod pool;
+mod presets;
 mod rebuild;
 mod reconcile;
 mod restart;

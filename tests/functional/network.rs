@@ -79,7 +79,7 @@ fn rules_are_accepted_over_rest() {
     let server = Server::start(&home);
     let vm = |net: &str, allow: Value| json!({"name": "web", "start": false, "net": net, "allow": allow});
     for (net, rule, words) in [
-        ("restricted", "@pip", "allow[0]: '@pip' is not a network rule: presets"),
+        ("restricted", "@nothing", "there is no preset '@nothing'"),
         ("restricted", "example.com:http", "for example example.com:443"),
         ("nat", "example.com", "allow[0]: with net nat"),
         ("none", "host:80", "without a network"),

@@ -100,7 +100,7 @@ fn rules_are_added_and_removed_on_the_command_line() {
     assert_eq!(home.nido(["net", "deny", "web", "example.com:80,443", "-q"]).run().ok().text(), "example.com\n");
     assert_eq!(rules_of(&home), json!(["host:5432", "*.github.io"]));
     home.nido(["net", "allow", "web", "--json"]).run().exits(2);
-    home.nido(["net", "allow", "web", "@pip", "--json"]).run().exits(2);
+    home.nido(["net", "allow", "web", "@Pip", "--json"]).run().exits(2);
     home.nido(["net", "show", "nobody", "--json"]).run().fails(1, "vm_not_found");
     let many: Vec<_> = (1..=255).map(|port| format!("host:{port}")).collect();
     let nido = many.iter().fold(home.nido(["net", "allow", "web", "--json"]), Nido::arg);
@@ -223,7 +223,7 @@ fn rules_are_changed_over_rest() {
     );
     let problem = delete("host:80").problem(404, "rule_not_found");
     assert!(problem["hint"].as_str().unwrap().contains("*.example.com:*"), "{problem}");
-    delete("@pip").problem(422, "spec_invalid");
+    delete("@Pip").problem(422, "spec_invalid");
     for (body, code) in
         [(json!({}), "spec_invalid"), (rules(json!([])), "spec_invalid"), (rules(json!(["*.com"])), "spec_invalid")]
     {

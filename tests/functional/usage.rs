@@ -99,7 +99,7 @@ fn values_that_are_not_valid_are_refused_with_their_code_and_a_hint() {
         (&["spawn", "web", "--allow", "https://example.com"], "spec_invalid"),
         (&["spawn", "web", "--allow", "*.com"], "spec_invalid"),
         (&["create", "web", "--allow", "host"], "spec_invalid"),
-        (&["create", "web", "--allow", "@pip"], "spec_invalid"),
+        (&["create", "web", "--allow", "@Pip"], "spec_invalid"),
         (&["forward", "add", "web", "1:2:3"], "spec_invalid"),
         (&["cp", "a", "b"], "spec_invalid"),
         (&["ls", "--frobnicate"], "spec_invalid"),

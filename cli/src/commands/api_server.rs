@@ -69,6 +69,10 @@ impl Args {
         let options = start.listen.options(true)?;
         let nido = Arc::new(cx.nido().await?);
         let settings = start.mcp.then(|| Settings { policy, ..Settings::default() });
+        let settings = match settings {
+            Some(settings) => Some(settings.with_plain_rules(&nido).await?),
+            None => None,
+        };
         let agents = settings.map(|settings| agents(cx, Arc::clone(&nido), settings, &DefaultPaths::default()));
         let agents = agents.transpose()?;
         let owner = Arc::clone(&nido);

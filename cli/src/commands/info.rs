@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use nido_api::egress::{Denial, NetworkInfo};
-use nido_api::{EgressRule, VmInfo, VmList};
+use nido_api::{EgressRule, PresetRules, VmInfo, VmList};
 
 use super::Context;
 use super::ls::between;
@@ -74,6 +74,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     for rule in &vm.allow {
         some("allow", Some(rule.to_string()));
     }
+    facts.extend(preset_rules(&vm.presets));
     facts.extend(vm.network.as_ref().map(|network| traffic(network, as_option)).unwrap_or_default());
     let mut some = |key, value: Option<String>| facts.extend(value.map(|value| (key, value)));
     some("address", vm.ip_address.clone());
@@ -123,6 +124,14 @@ fn machine(vm: &VmInfo) -> impl Iterator<Item = (&'static str, String)> {
 }
 
 /// What the network has done, and what it refused; `remedy` says how a rule is added.
+pub(super) fn preset_rules(presets: &[PresetRules]) -> Vec<(&'static str, String)> {
+    let of_one = |preset: &PresetRules| {
+        let rules = preset.rules.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        ("allow", format!("{}: {rules}", preset.preset))
+    };
+    presets.iter().map(of_one).collect()
+}
+
 pub(super) fn traffic(network: &NetworkInfo, remedy: impl Fn(&EgressRule) -> String) -> Vec<(&'static str, String)> {
     let NetworkInfo { sent_bytes, received_bytes, open, denied, denials, .. } = network;
     let bytes = format!("{} sent, {} received, {open} open", show_bytes(*sent_bytes), show_bytes(*received_bytes));

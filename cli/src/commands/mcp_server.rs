@@ -170,6 +170,7 @@ impl Start {
         }
         let nido = cx.nido().await?;
         let defaults = own_paths(&nido)?;
+        let settings = settings.with_plain_rules(&nido).await?;
         let app = agents(cx, Arc::new(nido), settings, &defaults)?;
         let mut signals = Signals::listen()?;
         let end = async {
@@ -197,6 +198,7 @@ impl Start {
                 .into());
         }
         let nido = Arc::new(cx.nido().await?);
+        let settings = settings.with_plain_rules(&nido).await?;
         let agents = agents(cx, Arc::clone(&nido), settings, &DefaultPaths::default())?;
         let owner = Arc::clone(&nido);
         serve(nido, Some(agents), options, |address| cx.listening(address, &owner)).await?;

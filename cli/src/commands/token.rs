@@ -6,7 +6,7 @@ use clap::Subcommand;
 use nido_api::error::{Code, Error};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
-use nido_api::{Limits, NetChoice, Scope, TokenAudience, TokenInfo, TokenRequest};
+use nido_api::{AllowEntry, Limits, NetChoice, Scope, TokenAudience, TokenInfo, TokenRequest};
 use nido_core::Nido;
 use serde_json::{Value, json};
 
@@ -97,6 +97,9 @@ struct LimitArgs {
     /// Networks that a VM may have
     #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = network)]
     net: Option<Vec<NetChoice>>,
+    /// Rule or @PRESET that covers rules of a VM, which then has net restricted or none; may be repeated; 'none' for no rule
+    #[arg(long, value_name = "RULE", value_parser = allowed)]
+    allow: Option<Vec<Option<AllowEntry>>>,
     /// Addresses of the host on which ports may be published; 'none' for no address
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
     publish: Option<Vec<Option<IpAddr>>>,
@@ -115,6 +118,7 @@ impl From<LimitArgs> for Limits {
             ttl_max_ms: args.ttl_max,
             ttl_required: args.ttl_required,
             net: args.net,
+            allow: args.allow.map(|entries| entries.into_iter().flatten().collect()),
             publish: args.publish.map(|addresses| addresses.into_iter().flatten().collect()),
             templates: args.templates,
         }
@@ -124,6 +128,10 @@ impl From<LimitArgs> for Limits {
 fn network(word: &str) -> Result<NetChoice, Error> {
     serde_json::from_value(word.into())
         .map_err(|_| Error::new(Code::SpecInvalid, format!("'{}' is not a network", word.escape_debug())))
+}
+
+fn allowed(word: &str) -> Result<Option<AllowEntry>, Error> {
+    if word == "none" { Ok(None) } else { word.parse().map(Some) }
 }
 
 fn address(word: &str) -> Result<Option<IpAddr>, Error> {
@@ -142,7 +150,10 @@ impl Args {
             Verb::Create { name, scope, only, expires: expires_in_ms, limits } => {
                 let request = TokenRequest { name, scope, only, expires_in_ms, limits: limits.into() };
                 let arguments = json!(request);
-                let made = async { nido.token_create(&request) };
+                let made = async {
+                    let limits = nido.with_plain_rules(request.limits).await?;
+                    nido.token_create(&TokenRequest { limits, ..request })
+                };
                 let made = cx.audited(&nido, op::TOKEN_CREATE, arguments, made).await?;
                 cx.output.answer(&made, || format!("{}\n", made.token))?;
                 cx.output.note("this is the only time it is shown");

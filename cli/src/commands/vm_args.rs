@@ -1,10 +1,11 @@
 //! Flags for a VM's specification and for how a start waits, shared by `spawn`, `create`, `run`, `start`, `restart`.
 
 use clap::ValueEnum;
+use nido_api::egress::split_entries;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
-    AccelChoice, BakeRequest, EgressRule, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest,
+    AccelChoice, AllowEntry, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest,
     VmInfo, VmSpec,
 };
 
@@ -24,10 +25,10 @@ pub struct VmArgs {
     /// Publish a port of the guest on the host's loopback; may be repeated
     #[arg(long, short, value_name = "[[HOST:]PORT:]GUEST")]
     publish: Vec<ForwardSpec>,
-    /// Let the guest reach this: example.com:443, *.example.com, 10.0.0.0/8:53/udp, host:8080 (the host's loopback); may be
-    /// repeated [default ports: 80,443]
-    #[arg(long, value_name = "TARGET[:PORTS][/udp]")]
-    allow: Vec<EgressRule>,
+    /// Let the guest reach this: example.com:443, *.example.com, 10.0.0.0/8:53/udp, host:8080 (the host's loopback), @pip (a
+    /// preset, see nido net presets); may be repeated [default ports: 80,443]
+    #[arg(long, value_name = "TARGET[:PORTS][/udp]|@PRESET")]
+    allow: Vec<AllowEntry>,
     /// Stop the VM this long after its start, for example 10m
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     ttl: Option<u64>,
@@ -121,13 +122,15 @@ impl VmArgs {
     pub fn spec(self, name: VmName) -> VmSpec {
         let defaults = VmSpec::named(name);
         let machine = self.machine.bake();
+        let (allow, presets) = split_entries(self.allow);
         VmSpec {
             template: self.template.unwrap_or(defaults.template),
             cpus: machine.cpus.unwrap_or(defaults.cpus),
             memory_mib: machine.memory_mib.unwrap_or(defaults.memory_mib),
             disk_bytes: self.disk,
             net: machine.net,
-            allow: self.allow,
+            allow,
+            presets,
             machine: machine.machine,
             accel: machine.accel,
             nested: machine.nested,

@@ -182,8 +182,10 @@ pub fn owned_by_session(call: &CallContext, spec: &mut VmSpec) -> Result<()> {
 
 /// Whether a VM with this template and these resources could be created for this caller.
 pub async fn may_be_created(call: &CallContext, spec: &VmSpec) -> Result<()> {
-    let template = call.nido().await?.template_info(&spec.template)?;
-    call.limits.check(spec, spec.disk_bytes.unwrap_or(template.disk_bytes))
+    let nido = call.nido().await?;
+    let template = nido.template_info(&spec.template)?;
+    let spec = nido.with_presets(spec.clone()).await?;
+    call.limits.check(&spec, spec.disk_bytes.unwrap_or(template.disk_bytes))
 }
 
 /// A VM that was created, as a result; the audit log gets its lease.
@@ -217,6 +219,7 @@ impl Operation for Spawn {
 async fn spawn(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
     let (spec, start) = vm.spec(call)?;
     let nido = call.nido().await?;
+    let spec = nido.with_presets(spec).await?;
     let (name, begun, grant) = (spec.name.clone(), VmInProgress::default(), call.grant());
     let mut tell = |stage| call.progress.stage(stage);
     let spawning = Box::pin(nido.spawn_tracked(spec.clone(), start, &grant, &begun, &mut tell));
@@ -305,6 +308,7 @@ impl Operation for Create {
 async fn create(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
     let (spec, _) = vm.spec(call)?;
     let nido = call.nido().await?;
+    let spec = nido.with_presets(spec).await?;
     let name = spec.name.clone();
     call.progress.report(1.0, Some(2.0), "preparing disk and configuration");
     match nido.create(spec.clone(), &call.grant()).await {

@@ -43,7 +43,10 @@ pub use approval::*;
 pub use audit::*;
 pub use caller::*;
 pub use copy::*;
-pub use egress::{DomainName, EGRESS_RULES_MAX, EgressRule, embedded_v4, is_global};
+pub use egress::{
+    AllowEntry, DomainName, EGRESS_RULES_MAX, EgressRule, PresetInfo, PresetList, PresetName, PresetRules, embedded_v4,
+    is_global,
+};
 pub use event::*;
 pub use exec::*;
 pub use forward::*;

@@ -7,9 +7,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Caller, ForwardSpec, NetChoice, VmSpec};
+use super::egress::{covers, intersection};
+use super::{AllowEntry, Caller, EgressRule, ForwardSpec, NetChoice, VmSpec};
 use crate::error::{Code, Error, Result};
 use crate::name::TemplateName;
+
+/// How many rules a hint lists.
+const RULES_LISTED: usize = 20;
 
 /// Limits on the VMs of a caller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -36,6 +40,10 @@ pub struct Limits {
     /// Allowed networks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetChoice>>,
+    /// Rules that a VM may have: each of its own must be covered. The network is then `restricted` or `none`. Presets stand for
+    /// the rules that they have when the limit is set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow: Option<Vec<AllowEntry>>,
     /// Addresses of the host on which ports may be published.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<String>>)]
@@ -97,6 +105,7 @@ impl Limits {
             ttl_max_ms: least(self.ttl_max_ms, other.ttl_max_ms),
             ttl_required: self.ttl_required || other.ttl_required,
             net: both(self.net.as_deref(), other.net.as_deref()),
+            allow: both_rules(self.allow.as_deref(), other.allow.as_deref()),
             publish: both(self.publish.as_deref(), other.publish.as_deref()),
             templates: both(self.templates.as_deref(), other.templates.as_deref()),
         }
@@ -116,11 +125,34 @@ impl Limits {
             (ttl, most) => at_most("ttl_ms", ttl.unwrap_or(0), most),
         }?;
         self.check_net(spec.net)?;
+        self.check_rules(spec.net, &spec.rules())?;
         if self.templates.as_ref().is_some_and(|templates| !templates.contains(&spec.template)) {
             let allowed = self.templates.iter().flatten().map(|name| name.as_str().to_owned());
             return Err(not_among("template", spec.template.as_str(), allowed));
         }
         spec.forwards.iter().try_for_each(|forward| self.check_forward(forward))
+    }
+
+    /// Whether a VM with this network may have these rules.
+    ///
+    /// # Errors
+    /// `denied`.
+    pub fn check_rules(&self, net: NetChoice, rules: &[EgressRule]) -> Result<()> {
+        let Some(entries) = &self.allow else { return Ok(()) };
+        match net {
+            NetChoice::None => return Ok(()),
+            NetChoice::Restricted => {}
+            NetChoice::Nat => {
+                let words = "net: nat is not allowed here, because it reaches more than the allowed rules";
+                return Err(Error::new(Code::Denied, words).hint("set the network to restricted or none"));
+            }
+        }
+        let ceiling = plain(entries);
+        match rules.iter().find(|rule| !covers(&ceiling, rule)) {
+            None => Ok(()),
+            Some(rule) => Err(Error::new(Code::Denied, format!("allow: the rule '{rule}' is not within your limits"))
+                .hint(allowed_rules(&ceiling))),
+        }
     }
 
     /// Whether a VM may have this network.
@@ -174,6 +206,34 @@ fn not_among(field: &str, what: &str, allowed: impl Iterator<Item = String>) -> 
         .hint("the operator of this server has set the limit")
 }
 
+/// The hint about the rules that a limit allows.
+fn allowed_rules(ceiling: &[EgressRule]) -> String {
+    let listed: Vec<_> = ceiling.iter().take(RULES_LISTED).map(ToString::to_string).collect();
+    match (listed.is_empty(), ceiling.len() - listed.len()) {
+        (true, _) => "no rule is allowed".to_owned(),
+        (_, 0) => format!("allowed is {}", listed.join(" ")),
+        (_, more) => format!("allowed is {} and {more} more", listed.join(" ")),
+    }
+}
+
+/// The rules of a limit. A preset whose rules are not known allows nothing.
+fn plain(entries: &[AllowEntry]) -> Vec<EgressRule> {
+    let rule = |entry: &AllowEntry| match entry {
+        AllowEntry::Rule(rule) => Some(rule.clone()),
+        AllowEntry::Preset(_) => None,
+    };
+    entries.iter().filter_map(rule).collect()
+}
+
+fn both_rules(one: Option<&[AllowEntry]>, other: Option<&[AllowEntry]>) -> Option<Vec<AllowEntry>> {
+    match (one, other) {
+        (Some(one), Some(other)) => {
+            Some(intersection(&plain(one), &plain(other)).into_iter().map(AllowEntry::Rule).collect())
+        }
+        (one, other) => one.or(other).map(<[AllowEntry]>::to_vec),
+    }
+}
+
 fn least<T: Ord>(one: Option<T>, other: Option<T>) -> Option<T> {
     match (one, other) {
         (Some(one), Some(other)) => Some(one.min(other)),
@@ -191,7 +251,7 @@ fn both<T: Clone + PartialEq>(one: Option<&[T]>, other: Option<&[T]>) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::FrontEnd;
+    use crate::{FrontEnd, PresetRules};
 
     fn spec() -> VmSpec {
         VmSpec { ttl_ms: Some(1000), ..VmSpec::named("web".parse().unwrap()) }
@@ -236,6 +296,44 @@ mod tests {
             let error = limits.check(&wrong, disk).unwrap_err();
             assert!(error.code() == code && error.hint_for(FrontEnd::Cli).is_some(), "{error}");
         }
+    }
+
+    #[test]
+    fn rules_are_kept_within_those_of_the_limit() {
+        let entries = |text: &str| Some(text.split_whitespace().map(|entry| entry.parse().unwrap()).collect());
+        let limits = Limits { allow: entries("*.example.com host:8000-8010"), ..Limits::default() };
+        let vm = |net, allow: &str| {
+            let allow = allow.split_whitespace().map(|rule| rule.parse().unwrap()).collect();
+            VmSpec { net, allow, ..spec() }
+        };
+        for fits in [
+            vm(NetChoice::None, ""),
+            vm(NetChoice::Restricted, ""),
+            vm(NetChoice::Restricted, "a.example.com:443 host:8001"),
+        ] {
+            limits.check(&fits, 0).unwrap();
+        }
+        let preset = |rule: &str| {
+            let rules = vec![rule.parse().unwrap()];
+            vec![PresetRules { rules, ..PresetRules::unexpanded("@x".parse().unwrap()) }]
+        };
+        let restricted = vm(NetChoice::Restricted, "");
+        limits.check(&VmSpec { presets: preset("b.example.com"), ..restricted.clone() }, 0).unwrap();
+        for wrong in [
+            vm(NetChoice::Nat, ""),
+            vm(NetChoice::Restricted, "a.example.com:22"),
+            vm(NetChoice::Restricted, "host:8001 example.com"),
+            VmSpec { presets: preset("x.org"), ..restricted.clone() },
+        ] {
+            let error = limits.check(&wrong, 0).unwrap_err();
+            assert!(error.code() == Code::Denied && error.hint_for(FrontEnd::Api).is_some(), "{error}");
+        }
+        let both = limits.and(&Limits { allow: entries("a.example.com:443,8443 @pip"), ..Limits::default() });
+        assert_eq!(both.allow, entries("a.example.com:443"));
+        // Nothing stands for a preset whose rules are not known.
+        let unknown = Limits { allow: entries("@pip"), ..Limits::default() };
+        assert!(unknown.check(&vm(NetChoice::Restricted, "pypi.org:443"), 0).is_err());
+        unknown.check(&restricted, 0).unwrap();
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{EGRESS_RULES_MAX, EgressRule};
+use super::{EGRESS_RULES_MAX, EgressRule, PresetRules};
 use crate::error::{Code, Error, Result};
 
 /// Network of a VM.
@@ -71,6 +71,29 @@ impl NetChoice {
                 }
             },
         }
+    }
+}
+
+impl NetChoice {
+    /// Whether a VM with this network can have these presets.
+    ///
+    /// # Errors
+    /// `spec_invalid`.
+    pub fn check_presets(self, presets: &[PresetRules]) -> Result<()> {
+        let names = |preset: &&PresetRules| preset.rules.iter().any(EgressRule::is_name);
+        let words = match self {
+            Self::Restricted => return Ok(()),
+            Self::None if presets.is_empty() => return Ok(()),
+            Self::None => "allow: a VM without a network cannot reach anything".to_owned(),
+            Self::Nat => match presets.iter().find(names) {
+                None => return Ok(()),
+                Some(wrong) => {
+                    let preset = &wrong.preset;
+                    format!("allow: with net nat the guest reaches the names of '{preset}' and all other names")
+                }
+            },
+        };
+        Err(Error::new(Code::SpecInvalid, words).hint("set the network to restricted, or leave the preset out"))
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::egress::{AllowEntry, PresetRules, effective_rules, split_entries};
 use super::{EgressRule, ForwardSpec, LeaseId, NetChoice};
 use crate::error::{Code, Error};
 use crate::name::{TemplateName, VmName};
@@ -87,6 +88,9 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 256)]
     pub allow: Vec<EgressRule>,
+    /// Presets whose rules it has in addition. In a request they are in `allow`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub presets: Vec<PresetRules>,
     /// Machine type.
     #[serde(default)]
     pub machine: MachineChoice,
@@ -156,6 +160,7 @@ impl VmSpec {
             disk_bytes: None,
             net: NetChoice::default(),
             allow: Vec::new(),
+            presets: Vec::new(),
             machine: MachineChoice::default(),
             accel: AccelChoice::default(),
             require_isolation: false,
@@ -169,6 +174,28 @@ impl VmSpec {
             labels: BTreeMap::new(),
             lease: None,
         }
+    }
+
+    /// All rules of its network: its own, and those of its presets.
+    #[must_use]
+    pub fn rules(&self) -> Vec<EgressRule> {
+        effective_rules(&self.allow, &self.presets)
+    }
+
+    /// Whether its network can have its rules.
+    ///
+    /// # Errors
+    /// `spec_invalid`.
+    pub fn check_rules(&self) -> Result<(), Error> {
+        self.net.check_rules(&self.allow).and_then(|()| self.net.check_presets(&self.presets))?;
+        self.net.check_rules(&self.rules())
+    }
+
+    /// What its user should know about its rules.
+    #[must_use]
+    pub fn rule_warnings(&self) -> Vec<String> {
+        let of_rules = self.allow.iter().filter_map(EgressRule::warning);
+        of_rules.chain(self.presets.iter().flat_map(|preset| preset.warnings.iter().cloned())).collect()
     }
 }
 
@@ -199,7 +226,7 @@ pub struct SpawnRequest {
     /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 256)]
-    pub allow: Vec<EgressRule>,
+    pub allow: Vec<AllowEntry>,
     /// Machine type.
     #[serde(default)]
     pub machine: MachineChoice,
@@ -260,6 +287,7 @@ impl SpawnRequest {
     #[must_use]
     pub fn split(self) -> (VmSpec, Option<StartRequest>) {
         let start = StartRequest { wait: self.wait, timeout_ms: self.start_timeout_ms, path: self.path, accel: None };
+        let (allow, presets) = split_entries(self.allow);
         let spec = VmSpec {
             name: self.name,
             template: self.template,
@@ -267,7 +295,8 @@ impl SpawnRequest {
             memory_mib: self.memory_mib,
             disk_bytes: self.disk_bytes,
             net: self.net,
-            allow: self.allow,
+            allow,
+            presets,
             machine: self.machine,
             accel: self.accel,
             require_isolation: self.require_isolation,

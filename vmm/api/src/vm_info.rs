@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::egress::NetworkInfo;
-use super::{EgressRule, ForwardSpec, LeaseId, NetChoice};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, PresetRules};
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
 use crate::state::{FailureCause, StateCause, VmState};
@@ -53,6 +53,9 @@ pub struct VmInfo {
     /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition. Absent: no rules.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<EgressRule>,
+    /// Presets of the network, with the rules that they add. Absent: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub presets: Vec<PresetRules>,
     /// The address at which this host reaches the guest: that of its published ports. `null` if it has none.
     pub ip_address: Option<String>,
     /// A command that opens an SSH session through the published port 22; `null` without one.

@@ -16,6 +16,7 @@ pub mod audit;
 pub mod host_paths;
 mod nido;
 pub mod policy;
+mod presets;
 pub mod webhook;
 
 pub use nido_engine::template::renewal;

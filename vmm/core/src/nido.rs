@@ -33,6 +33,7 @@ mod logs;
 mod network;
 mod own_agent;
 mod pool;
+mod presets;
 mod rebuild;
 mod receipt;
 mod reconcile;

@@ -22,9 +22,11 @@ impl Store {
             let changed = change.apply(&row.spec)?;
             if !changed.changed.is_empty() {
                 // Without rules the field is absent, as in a row that never had any.
-                let update = "UPDATE vms SET spec = iif(json_array_length(?2) > 0, json_set(spec, '$.allow', json(?2)), \
-                              json_remove(spec, '$.allow')) WHERE id = ?1";
-                self.connection.execute(update, params![id, encode(&changed.allow)?]).map_err(fault)?;
+                for (field, list) in [("$.allow", encode(&changed.allow)?), ("$.presets", encode(&changed.presets)?)] {
+                    let update = "UPDATE vms SET spec = iif(json_array_length(?3) > 0, json_set(spec, ?2, json(?3)), \
+                                  json_remove(spec, ?2)) WHERE id = ?1";
+                    self.connection.execute(update, params![id, field, list]).map_err(fault)?;
+                }
             }
             Ok((row, changed))
         })
@@ -34,13 +36,21 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use nido_api::state::VmState;
-    use nido_api::{EgressRule, NetChoice, VmSpec};
+    use nido_api::{EgressRule, NetChoice, PresetRules, VmSpec};
 
     use super::*;
     use crate::parts::tests::parts_with_root;
 
     fn rules(texts: &[&str]) -> Vec<EgressRule> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn allow(texts: &[&str]) -> RuleChange {
+        RuleChange::Allow(rules(texts), Vec::new())
+    }
+
+    fn deny(texts: &[&str]) -> RuleChange {
+        RuleChange::Deny(texts.iter().map(|text| text.parse().unwrap()).collect())
     }
 
     fn insert(store: &Store, id: &str, purpose: Purpose) {
@@ -62,16 +72,21 @@ mod tests {
         };
         store.connection.execute("UPDATE vms SET spec = json_set(spec, '$.of_the_future', 7)", []).unwrap();
         let before = spec();
-        let (row, changed) = store.change_rules("1", &RuleChange::Allow(rules(&["host:80", "example.com"]))).unwrap();
+        let (row, changed) = store.change_rules("1", &allow(&["host:80", "example.com"])).unwrap();
         assert!(row.spec.allow.is_empty() && changed.changed.len() == 2, "{changed:?}");
         assert_eq!(store.vm_by_id("1").unwrap().unwrap().spec.allow, rules(&["host:80", "example.com"]));
-        store.change_rules("1", &RuleChange::Deny(rules(&["host:80"]))).unwrap();
+        store.change_rules("1", &deny(&["host:80"])).unwrap();
         let mut expected = before.clone();
         expected["allow"] = serde_json::json!(["example.com"]);
         assert_eq!(spec(), expected);
-        let error = store.change_rules("1", &RuleChange::Deny(rules(&["example.com", "host:80"]))).unwrap_err();
+        let error = store.change_rules("1", &deny(&["example.com", "host:80"])).unwrap_err();
         assert_eq!((error.code(), spec()), (Code::RuleNotFound, expected));
-        store.change_rules("1", &RuleChange::Deny(rules(&["example.com"]))).unwrap();
+        store.change_rules("1", &deny(&["example.com"])).unwrap();
+        assert_eq!(spec(), before);
+        let pip = PresetRules { rules: rules(&["pypi.org:443"]), ..PresetRules::unexpanded("@pip".parse().unwrap()) };
+        store.change_rules("1", &RuleChange::Allow(Vec::new(), vec![pip.clone()])).unwrap();
+        assert_eq!(store.vm_by_id("1").unwrap().unwrap().spec.presets, [pip]);
+        store.change_rules("1", &deny(&["@pip"])).unwrap();
         assert_eq!(spec(), before);
     }
 
@@ -84,7 +99,7 @@ mod tests {
         insert(&store, "3", Purpose::Use);
         store.mark_deleting("2").unwrap();
         store.connection.execute("UPDATE vms SET spec = '{' WHERE id = '3'", []).unwrap();
-        let code = |id| store.change_rules(id, &RuleChange::Allow(rules(&["host:80"]))).unwrap_err().code();
+        let code = |id| store.change_rules(id, &allow(&["host:80"])).unwrap_err().code();
         assert_eq!(
             ["1", "2", "3", "4"].map(code),
             [Code::VmNotFound, Code::VmNotFound, Code::StoreDamaged, Code::VmNotFound]
@@ -99,7 +114,7 @@ mod tests {
         let add = |first: u16| {
             let store = Store::open(&path).unwrap();
             for port in first..first + 20 {
-                store.change_rules("1", &RuleChange::Allow(rules(&[&format!("host:{port}")]))).unwrap();
+                store.change_rules("1", &allow(&[&format!("host:{port}")])).unwrap();
             }
         };
         std::thread::scope(|scope| {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
-use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
+use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, VmSpec};
 use serde::{Deserialize, Serialize};
 
 /// The format that this version writes, and the highest that it reads.
@@ -31,6 +31,8 @@ struct StoredSpec {
     net: NetChoice,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     allow: Vec<EgressRule>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    presets: Vec<PresetRules>,
     #[serde(default)]
     machine: MachineChoice,
     #[serde(default)]
@@ -114,6 +116,7 @@ impl From<VmSpec> for StoredSpec {
             disk_bytes,
             net,
             allow,
+            presets,
             machine,
             accel,
             require_isolation,
@@ -136,6 +139,7 @@ impl From<VmSpec> for StoredSpec {
             disk_bytes,
             net,
             allow,
+            presets,
             machine,
             accel,
             require_isolation,
@@ -162,6 +166,7 @@ impl From<StoredSpec> for VmSpec {
             disk_bytes: stored.disk_bytes,
             net: stored.net,
             allow: stored.allow,
+            presets: stored.presets,
             machine: stored.machine,
             accel: stored.accel,
             require_isolation: stored.require_isolation,
@@ -190,6 +195,8 @@ mod tests {
         spec.forwards = vec!["8080:80".parse().unwrap()];
         spec.net = NetChoice::Restricted;
         spec.allow = ["example.com:443", "[2001:db8::/32]:53/udp"].map(|rule| rule.parse().unwrap()).into();
+        let rules = vec!["pypi.org:443".parse().unwrap()];
+        spec.presets = vec![PresetRules { rules, ..PresetRules::unexpanded("@pip".parse().unwrap()) }];
         VmSpec { ttl_ms: Some(7), nested: true, restart: RestartPolicy::Always, disk_bytes: Some(1 << 30), ..spec }
     }
 

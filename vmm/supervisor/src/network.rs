@@ -36,9 +36,7 @@ pub(super) fn start(row: &VmRow, dir: &VmDir, attach: bool, reports: Reports) ->
 pub(super) fn policy(row: &VmRow) -> Policy {
     match (row.purpose, row.spec.net) {
         (Purpose::Pool, _) => Policy { mode: Mode::Restricted, rules: Vec::new() },
-        (_, NetChoice::Nat) => Policy { mode: Mode::Nat, rules: row.spec.allow.clone() },
-        (_, NetChoice::Restricted | NetChoice::None) => {
-            Policy { mode: Mode::Restricted, rules: row.spec.allow.clone() }
-        }
+        (_, NetChoice::Nat) => Policy { mode: Mode::Nat, rules: row.spec.rules() },
+        (_, NetChoice::Restricted | NetChoice::None) => Policy { mode: Mode::Restricted, rules: row.spec.rules() },
     }
 }

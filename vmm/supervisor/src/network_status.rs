@@ -46,6 +46,7 @@ impl Supervisor {
             return Err(Error::new(Code::StoreDamaged, format!("the VM's row in the store cannot be read: {why}")));
         }
         self.row.spec.allow = row.spec.allow;
+        self.row.spec.presets = row.spec.presets;
         nido_files::failpoint!("net.applying");
         self.apply_network_policy().await
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use nido_api::name::VmName;
-use nido_api::{EgressRule, RuleChangeResult, RulesRequest, VmNetwork};
+use nido_api::{AllowEntry, PresetList, RuleChangeResult, RulesRequest, VmNetwork};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -18,7 +18,7 @@ use crate::operations::{self, OperationContext};
 use crate::response::{self, HandlerResult};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().routes(routes!(show)).routes(routes!(allow)).routes(routes!(deny))
+    OpenApiRouter::new().routes(routes!(show)).routes(routes!(allow)).routes(routes!(deny)).routes(routes!(presets))
 }
 
 /// Path of a rule.
@@ -27,8 +27,8 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 struct RulePath {
     /// Name of the VM, or its id.
     name: VmName,
-    /// The rule, percent-encoded: a slash is `%2F`.
-    #[param(value_type = EgressRule, example = "host:8080")]
+    /// The rule or preset, percent-encoded: a slash is `%2F`.
+    #[param(value_type = AllowEntry, example = "host:8080")]
     rule: String,
 }
 
@@ -43,6 +43,13 @@ impl VmPathParams for RulePath {
     responses((status = 200, body = VmNetwork)))]
 async fn show(State(app): State<Arc<App>>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
     response::ok(&app.nido().await?.net_show(&vm.name).await?)
+}
+
+/// Lists the presets that rules may name, with the rules that they have now.
+#[utoipa::path(get, path = "/v1/network/presets", operation_id = "net_presets", tag = "network",
+    responses((status = 200, body = PresetList)))]
+async fn presets(State(app): State<Arc<App>>) -> HandlerResult {
+    response::ok(&app.nido().await?.net_presets().await?)
 }
 
 /// Adds rules; a running VM follows them at once.
@@ -70,7 +77,7 @@ async fn deny(
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
     let removing = async move {
-        let rule: EgressRule = which.rule.parse()?;
+        let rule: AllowEntry = which.rule.parse()?;
         owner.nido().await?.net_deny(&which.name, vec![rule]).await
     };
     response::ok(&operations::act(&app, context, removing).await?)

@@ -9,18 +9,24 @@
 //! matches nothing that it does not name: no address by a name, and no name by an address.
 
 mod address;
+mod ceiling;
 mod denial;
 mod domain;
 mod ports;
+mod preset;
 mod rule;
 mod schema;
 mod shared;
 mod target;
 
 pub use address::{embedded_v4, is_global};
+pub use ceiling::{covers, intersection};
 pub use denial::{Denial, DenialReason, DeniedProtocol, NetworkInfo};
 pub use domain::DomainName;
 pub use ports::{PortRange, Ports};
+pub use preset::{
+    AllowEntry, PresetInfo, PresetList, PresetName, PresetRules, effective_rules, rule_for_url, split_entries,
+};
 pub use rule::{EgressRule, Protocol};
 pub use target::Target;
 

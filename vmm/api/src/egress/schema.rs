@@ -4,7 +4,7 @@ use serde_json::json;
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 
-use super::EgressRule;
+use super::{AllowEntry, EgressRule};
 
 impl utoipa::PartialSchema for EgressRule {
     fn schema() -> RefOr<Schema> {
@@ -21,3 +21,17 @@ impl utoipa::PartialSchema for EgressRule {
 }
 
 impl utoipa::ToSchema for EgressRule {}
+
+impl utoipa::PartialSchema for AllowEntry {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .description(Some(
+                "A rule (see EgressRule), or a preset: @NAME, which stands for the rules that it has now.",
+            ))
+            .examples([json!("@pip")])
+            .into()
+    }
+}
+
+impl utoipa::ToSchema for AllowEntry {}

@@ -23,8 +23,8 @@ pub enum Target {
 impl Target {
     /// The target that a rule names, or the end of a sentence about what is wrong.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
-        if let Some(preset) = text.strip_prefix('@') {
-            return Err(format!("presets such as '@{preset}' do not exist yet"));
+        if text.starts_with('@') {
+            return Err("a preset is not accepted here".into());
         }
         if let Some(inner) = text.strip_prefix('[') {
             let inner = inner.strip_suffix(']').ok_or("']' must be the end of the address")?;

@@ -116,7 +116,7 @@ fn wrong_rules_are_refused_with_the_reason() {
         ("*.*.com", "characters"),
         ("a*.example.com", "first label"),
         ("**.example.com", "first label"),
-        ("@pip", "presets"),
+        ("@pip", "preset"),
         ("host", "needs a port"),
         ("host/udp", "needs a port"),
         ("localhost:80", "host:8080"),

@@ -81,6 +81,8 @@ operations! {
     /// Removes rules from a VM's network, also while it runs.
     NET_DENY = Op::write("net_deny", "network", "deny")
         .command("net deny").delete("/v1/vms/{name}/network/rules/{rule}", "net_deny");
+    /// Lists presets of network rules.
+    NET_PRESETS = Op::read("net_presets", "network", "presets").command("net presets").get("/v1/network/presets", "net_presets");
     /// Lists the snapshots of a VM.
     SNAPSHOT_LIST = Op::read("snapshot_list", "snapshot", "list")
         .command("snapshot ls").tool("vm_info").get("/v1/vms/{name}/snapshots", "snapshot_list");

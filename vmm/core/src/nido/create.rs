@@ -35,7 +35,8 @@ impl Nido {
     /// # Errors
     /// `vm_exists`, `template_not_found`, `spec_invalid`, `limit_exceeded` or `denied` by the grant, and whatever the host lacks to run it.
     pub async fn create(&self, spec: VmSpec, grant: &Grant) -> Result<VmInfo> {
-        let (row, _held) = self.make_vm(self.leased(spec)?, Purpose::Use, VmState::Created, grant).await?;
+        let (row, _held) =
+            self.make_vm(self.with_presets(self.leased(spec)?).await?, Purpose::Use, VmState::Created, grant).await?;
         Ok(self.describe(&row))
     }
 
@@ -111,7 +112,7 @@ async fn make_and_hold(dir: &VmDir) -> Result<HeldLock> {
 }
 
 pub(super) fn check_spec(spec: &VmSpec) -> Result<()> {
-    spec.net.check_rules(&spec.allow)?;
+    spec.check_rules()?;
     let long = |text: &String| text.len() > LABEL_BYTES_MAX;
     if spec.labels.len() > LABELS_MAX || spec.labels.iter().any(|(k, v)| k.is_empty() || long(k) || long(v)) {
         let rule =

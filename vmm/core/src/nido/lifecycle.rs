@@ -52,7 +52,7 @@ impl Nido {
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
-        let spec = self.leased(spec)?;
+        let spec = self.with_presets(self.leased(spec)?).await?;
         if let Some(info) = Box::pin(self.spawn_from_pool(&spec, start, grant, (asked_at, begun), progress)).await? {
             self.refill();
             return Ok(info);

@@ -10,7 +10,7 @@ use nido_api::egress::NetworkInfo;
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, TemplateName, VmName};
 use nido_api::state::{Admission, Request as StateRequest, StateCause, VmState, admit};
-use nido_api::{EgressRule, ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmRef, VmSpec, moment};
+use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmRef, VmSpec, moment};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::{Reply, Request};
 use nido_supervisor::lagging;
@@ -206,6 +206,7 @@ impl Nido {
             disk_bytes: row.disk_bytes,
             net: row.spec.net,
             allow: row.spec.allow.clone(),
+            presets: row.spec.presets.clone(),
             ip_address: reachable_address(row),
             ssh_command: ssh_command(row),
             forwards: row.forwards.clone(),
@@ -236,7 +237,7 @@ fn idle_end(limit_ms: u64, quiet_ms: u64) -> Option<Timestamp> {
 /// What its user should know: about the machine, and about rules that allow more than they seem to.
 fn warnings(row: &VmRow) -> Vec<String> {
     let of_machine = row.machine.iter().flat_map(|machine| machine.warnings.iter().cloned());
-    of_machine.chain(row.spec.allow.iter().filter_map(EgressRule::warning)).collect()
+    of_machine.chain(row.spec.rule_warnings()).collect()
 }
 
 /// What the state does not include: why the VM is paused or stopped, or why its row cannot be read.

@@ -6,9 +6,10 @@
 //!
 //! Invariant: the store has the rules before the supervisor is asked, so a supervisor that starts meanwhile has them as well.
 
+use nido_api::egress::{effective_rules, split_entries};
 use nido_api::error::{Error, Hint, Result};
 use nido_api::operation as op;
-use nido_api::{EgressRule, Grant, RuleChange, RuleChangeResult, VmNetwork, VmRef};
+use nido_api::{AllowEntry, Grant, RuleChange, RuleChangeResult, VmNetwork, VmRef};
 use nido_store::VmRow;
 use nido_supervisor::control::Request;
 
@@ -22,23 +23,26 @@ impl Nido {
     pub async fn net_show(&self, vm: impl Into<VmRef<'_>>) -> Result<VmNetwork> {
         let row = self.current(self.resolve(vm.into())?);
         let (_, network) = self.status(&row).await;
-        let warnings = row.spec.allow.iter().filter_map(EgressRule::warning).collect();
-        Ok(VmNetwork { net: row.spec.net, allow: row.spec.allow, network, warnings })
+        let warnings = row.spec.rule_warnings();
+        Ok(VmNetwork { net: row.spec.net, allow: row.spec.allow, presets: row.spec.presets, network, warnings })
     }
 
-    /// Adds rules to a VM's network. A VM that runs follows them when this returns, a stopped one from its next start.
+    /// Adds rules and presets to a VM's network. A VM that runs follows them when this returns, a stopped one from its next start.
     ///
     /// # Errors
     /// `vm_not_found`, `spec_invalid`, `denied` by the grant; `vm_busy` if its supervisor is of another version of nido.
     pub async fn net_allow(
         &self,
         vm: impl Into<VmRef<'_>>,
-        rules: Vec<EgressRule>,
+        entries: Vec<AllowEntry>,
         grant: &Grant,
     ) -> Result<RuleChangeResult> {
         let row = self.resolve(vm.into())?;
         grant.limits.check_net(row.spec.net)?;
-        self.change_rules(&row, &RuleChange::Allow(rules)).await
+        let (rules, presets) = split_entries(entries);
+        let presets = self.expanded(presets).await?;
+        grant.limits.check_rules(row.spec.net, &effective_rules(&rules, &presets))?;
+        self.change_rules(&row, &RuleChange::Allow(rules, presets)).await
     }
 
     /// Removes rules of a VM's network: all of them, or none if one is not there. Connections that no rule allows any more are reset
@@ -46,9 +50,9 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `spec_invalid`, `rule_not_found`; `vm_busy` if its supervisor is of another version of nido.
-    pub async fn net_deny(&self, vm: impl Into<VmRef<'_>>, rules: Vec<EgressRule>) -> Result<RuleChangeResult> {
+    pub async fn net_deny(&self, vm: impl Into<VmRef<'_>>, entries: Vec<AllowEntry>) -> Result<RuleChangeResult> {
         let row = self.resolve(vm.into())?;
-        self.change_rules(&row, &RuleChange::Deny(rules)).await
+        self.change_rules(&row, &RuleChange::Deny(entries)).await
     }
 
     async fn change_rules(&self, row: &VmRow, change: &RuleChange) -> Result<RuleChangeResult> {

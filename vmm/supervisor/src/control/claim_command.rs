@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
-use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
+use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, VmSpec};
 use serde::{Deserialize, Serialize};
 
 use super::ForwardCommand;
@@ -56,6 +56,8 @@ pub struct VmOrder {
     pub net: NetChoice,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<EgressRule>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub presets: Vec<PresetRules>,
     #[serde(default)]
     pub machine: MachineChoice,
     #[serde(default)]
@@ -92,6 +94,7 @@ impl From<VmSpec> for VmOrder {
             disk_bytes: spec.disk_bytes,
             net: spec.net,
             allow: spec.allow,
+            presets: spec.presets,
             machine: spec.machine,
             accel: spec.accel,
             require_isolation: spec.require_isolation,
@@ -120,6 +123,7 @@ impl From<VmOrder> for VmSpec {
             disk_bytes: order.disk_bytes,
             net: order.net,
             allow: order.allow,
+            presets: order.presets,
             machine: order.machine,
             accel: order.accel,
             require_isolation: order.require_isolation,
