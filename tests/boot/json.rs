@@ -38,7 +38,7 @@ const VM_FIELDS: [&str; 30] = [
 ];
 
 /// Fields that are there only where they apply.
-const OPTIONAL_FIELDS: [&str; 3] = ["allow", "network", "presets"];
+const OPTIONAL_FIELDS: [&str; 5] = ["allow", "disk_quota_bytes", "limits_hit", "network", "presets"];
 
 #[track_caller]
 fn has(value: &Value, fields: &[&str]) {

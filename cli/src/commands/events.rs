@@ -17,8 +17,8 @@ Examples:
   nido events -f --event vm.crashed --json | jq -r .details.message
   nido events --since 1200 --json
 
-Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired net.denied
-snapshot.created snapshot.restored template.created template.deleted. They are kept for 30 days,
+Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
+vm.limit_hit net.denied snapshot.created snapshot.restored template.created template.deleted. They are kept for 30 days,
 at most the last 100000. Each has a cursor; pass the last one as --since to continue after it.";
 
 /// Show what happened to VMs, snapshots and templates

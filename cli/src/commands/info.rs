@@ -97,6 +97,9 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         "last start",
         vm.timings.map(|t| format!("{:.0} ms: QEMU {:.0} ms, guest {:.0} ms", t.total_ms, t.qemu_ms, t.agent_ms)),
     );
+    for hit in &vm.limits_hit {
+        some("limit hit", Some(format!("{} × {}", hit.count, hit.describe())));
+    }
     for warning in &vm.warnings {
         some("warning", Some(warning.clone()));
     }

@@ -22,6 +22,9 @@ pub struct VmArgs {
     /// Size of the disk, for example 4G [default: the template's]
     #[arg(long, value_name = "SIZE", value_parser = parse::size)]
     disk: Option<u64>,
+    /// What the VM's files on the host may have: disk, snapshots, logs [default: no quota]
+    #[arg(long, value_name = "SIZE", value_parser = parse::size)]
+    disk_quota: Option<u64>,
     /// Publish a port of the guest on the host's loopback; may be repeated
     #[arg(long, short, value_name = "[[HOST:]PORT:]GUEST")]
     publish: Vec<ForwardSpec>,
@@ -128,6 +131,7 @@ impl VmArgs {
             cpus: machine.cpus.unwrap_or(defaults.cpus),
             memory_mib: machine.memory_mib.unwrap_or(defaults.memory_mib),
             disk_bytes: self.disk,
+            disk_quota_bytes: self.disk_quota,
             net: machine.net,
             allow,
             presets,

@@ -27,8 +27,8 @@ repeated for 3 days. No server has to run: the nido process that writes an event
 worker, which exits when nothing is pending. Finished deliveries are kept for 7 days, at most 1000
 for each endpoint.
 
-Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired net.denied
-snapshot.created snapshot.restored template.created template.deleted.";
+Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
+vm.limit_hit net.denied snapshot.created snapshot.restored template.created template.deleted.";
 
 /// Post events to endpoints on the web
 #[derive(Debug, clap::Args)]

@@ -58,7 +58,7 @@ struct CommandResult {
     /// Resources that hold the streams that were cut.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     full_output: Vec<String>,
-    /// If it failed: what the VM's network refused meanwhile.
+    /// If it failed: what the network refused, limits hit.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     denied: Vec<String>,
 }
@@ -126,8 +126,9 @@ impl Command {
             };
             let (stream, piece) = match event {
                 Some(Ok(ExecEvent::Exited(exit))) => {
-                    let denied = if exit.exit_code == Some(0) { Vec::new() } else { denied(call, vm, since).await };
-                    return Ok(CommandOutput { exit, stdout: stdout.bytes(), stderr: stderr.bytes(), denied });
+                    let failed = exit.exit_code != Some(0);
+                    let (denied, limits) = if failed { refusals(call, vm, since).await } else { Default::default() };
+                    return Ok(CommandOutput { exit, stdout: stdout.bytes(), stderr: stderr.bytes(), denied, limits });
                 }
                 Some(Ok(ExecEvent::Started(_))) => continue,
                 Some(Ok(ExecEvent::Stdout(piece))) => (&mut stdout, piece),
@@ -148,24 +149,27 @@ pub struct CommandOutput {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     denied: Vec<String>,
+    limits: Vec<String>,
 }
 
-/// What the VM's network refused since a command began, in sentences: the likely reason why it failed.
-async fn denied(call: &CallContext, vm: VmRef<'_>, since: Timestamp) -> Vec<String> {
-    let Ok(nido) = call.nido().await else { return Vec::new() };
-    let network = nido.info(vm).await.ok().and_then(|info| info.network);
-    let denials = network.into_iter().flat_map(|network| network.denials).filter(|denial| denial.last_at >= since);
+/// What the VM's network refused and which limits the VM hit since a command began, in sentences: the likely reason why it failed.
+async fn refusals(call: &CallContext, vm: VmRef<'_>, since: Timestamp) -> (Vec<String>, Vec<String>) {
+    let Ok(nido) = call.nido().await else { return Default::default() };
+    let Ok(info) = nido.info(vm).await else { return Default::default() };
+    let hits = info.limits_hit.iter().filter(|hit| hit.at >= since);
+    let limits = hits.map(|hit| sanitize::on_one_line(&hit.describe())).collect();
+    let denials = info.network.into_iter().flat_map(|network| network.denials).filter(|denial| denial.last_at >= since);
     let sentence = |denial: Denial| {
         let rule = denial.rule.as_ref().map(|rule| format!("; the rule {rule} would allow it")).unwrap_or_default();
         sanitize::on_one_line(&format!("{} ({}{rule})", denial.what(), denial.reason.name()))
     };
-    denials.take(DENIALS_SHOWN).map(sentence).collect()
+    (denials.take(DENIALS_SHOWN).map(sentence).collect(), limits)
 }
 
 impl CommandOutput {
     /// The result of the call: both ends of each stream; the whole of a stream that is cut becomes a resource.
     pub fn result(self, call: &CallContext, vm: &VmName) -> Result<ToolResult> {
-        let Self { exit, stdout, stderr, denied } = self;
+        let Self { exit, stdout, stderr, mut denied, limits } = self;
         let (out, err) = (for_reader(&stdout, SHOWN_LIMIT), for_reader(&stderr, SHOWN_LIMIT));
         let truncated = Truncated { stdout: out.truncated, stderr: err.truncated };
         let altered = AlteredStreams { stdout: out.altered, stderr: err.altered };
@@ -179,7 +183,8 @@ impl CommandOutput {
         if !links.is_empty() {
             call.app.changes().output_kept();
         }
-        let text = text(&out.text, &err.text, exit, &links, &denied);
+        let text = text(&out.text, &err.text, exit, &links, [&denied, &limits]);
+        denied.extend(limits);
         let (stdout, stderr) = (Some(out.text), Some(err.text));
         let result = ExecResult { stdout, stdout_base64: None, stderr, stderr_base64: None, exit, truncated };
         let full_output = links.iter().map(|link| link.uri.clone()).collect();
@@ -189,7 +194,7 @@ impl CommandOutput {
 }
 
 /// What a model reads: the output, then a status line. A guest can write such a line, too; the last one is nido's.
-fn text(stdout: &str, stderr: &str, exit: ExecExit, links: &[Resource], denied: &[String]) -> String {
+fn text(stdout: &str, stderr: &str, exit: ExecExit, links: &[Resource], [denied, limits]: [&[String]; 2]) -> String {
     let mut text = stdout.to_owned();
     let end_line = |text: &mut String| {
         if !text.is_empty() && !text.ends_with('\n') {
@@ -215,6 +220,9 @@ fn text(stdout: &str, stderr: &str, exit: ExecExit, links: &[Resource], denied: 
     if !denied.is_empty() {
         text += &format!("; the network refused: {}", denied.join(", "));
     }
+    if !limits.is_empty() {
+        text += &format!("; limits hit: {}", limits.join(", "));
+    }
     text + "]"
 }
 
@@ -222,18 +230,23 @@ fn text(stdout: &str, stderr: &str, exit: ExecExit, links: &[Resource], denied: 
 mod tests {
     use super::*;
 
+    const NONE: [&[String]; 2] = [&[], &[]];
+
     #[test]
     fn the_text_of_a_command_is_its_output_and_a_status_line() {
         let exit = |exit_code, signal, timed_out| ExecExit { exit_code, signal, timed_out, duration_ms: 12 };
         assert_eq!(
-            text("out", "err\n", exit(Some(3), None, false), &[], &[]),
+            text("out", "err\n", exit(Some(3), None, false), &[], NONE),
             "out\n[stderr]\nerr\n[exit code 3, 12 ms]"
         );
-        assert_eq!(text("", "", exit(Some(0), None, false), &[], &[]), "[exit code 0, 12 ms]");
-        assert_eq!(text("a\n", "", exit(None, Some(9), false), &[], &[]), "a\n[killed by signal 9, 12 ms]");
-        assert_eq!(text("", "", exit(None, Some(9), true), &[], &[]), "[timed out, killed, 12 ms]");
+        assert_eq!(text("", "", exit(Some(0), None, false), &[], NONE), "[exit code 0, 12 ms]");
+        assert_eq!(text("a\n", "", exit(None, Some(9), false), &[], NONE), "a\n[killed by signal 9, 12 ms]");
+        assert_eq!(text("", "", exit(None, Some(9), true), &[], NONE), "[timed out, killed, 12 ms]");
         let denied = ["tcp to 1.1.1.1 port 443".to_owned()];
-        let refused = text("", "", exit(Some(7), None, false), &[], &denied);
+        let refused = text("", "", exit(Some(7), None, false), &[], [&denied, &[]]);
         assert_eq!(refused, "[exit code 7, 12 ms; the network refused: tcp to 1.1.1.1 port 443]");
+        let limits = ["disk (limit 1 MiB): full".to_owned()];
+        let limited = text("", "", exit(Some(7), None, false), &[], [&[], &limits]);
+        assert_eq!(limited, "[exit code 7, 12 ms; limits hit: disk (limit 1 MiB): full]");
     }
 }

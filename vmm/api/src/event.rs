@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{NetChoice, Timings};
 use crate::egress::{Denial, EgressRule};
 use crate::error::{Code, Error};
+use crate::limit_hit::LimitHit;
 use crate::name::{SnapshotName, TemplateName, VmName};
 use crate::state::{FailureCause, StateCause};
 
@@ -31,6 +32,8 @@ pub enum EventKind {
     VmResumed,
     /// A VM's time is up, to live or to be idle; it is being stopped.
     VmExpired,
+    /// A VM reached a limit: the first time for each limit, then once a minute at most.
+    VmLimitHit,
     /// A VM's network refused what its guest tried to reach: the first time for each destination, then once a minute at most.
     NetDenied,
     /// A snapshot is whole.
@@ -45,7 +48,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::VmCreated,
         Self::VmStarted,
         Self::VmStopped,
@@ -54,6 +57,7 @@ impl EventKind {
         Self::VmPaused,
         Self::VmResumed,
         Self::VmExpired,
+        Self::VmLimitHit,
         Self::NetDenied,
         Self::SnapshotCreated,
         Self::SnapshotRestored,
@@ -73,6 +77,7 @@ impl EventKind {
             Self::VmPaused => "vm.paused",
             Self::VmResumed => "vm.resumed",
             Self::VmExpired => "vm.expired",
+            Self::VmLimitHit => "vm.limit_hit",
             Self::NetDenied => "net.denied",
             Self::SnapshotCreated => "snapshot.created",
             Self::SnapshotRestored => "snapshot.restored",
@@ -181,6 +186,10 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub limit: Option<Limit>,
+    /// Of a limit that was reached: which one, and the evidence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub limit_hit: Option<LimitHit>,
     /// Of a start: how long it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]

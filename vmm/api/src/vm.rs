@@ -81,6 +81,10 @@ pub struct VmSpec {
     /// Size of the disk in bytes; the template's if absent.
     #[serde(default)]
     pub disk_bytes: Option<u64>,
+    /// How many bytes its files on the host may have: its disk, its snapshots and its logs. No quota if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16777216, nullable = false)]
+    pub disk_quota_bytes: Option<u64>,
     /// Network.
     #[serde(default)]
     pub net: NetChoice,
@@ -158,6 +162,7 @@ impl VmSpec {
             cpus: default_cpus(),
             memory_mib: default_memory_mib(),
             disk_bytes: None,
+            disk_quota_bytes: None,
             net: NetChoice::default(),
             allow: Vec::new(),
             presets: Vec::new(),
@@ -220,6 +225,10 @@ pub struct SpawnRequest {
     /// Size of the disk in bytes; the template's if absent.
     #[serde(default)]
     pub disk_bytes: Option<u64>,
+    /// How many bytes its files on the host may have: its disk, its snapshots and its logs. No quota if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16777216, nullable = false)]
+    pub disk_quota_bytes: Option<u64>,
     /// Network.
     #[serde(default)]
     pub net: NetChoice,
@@ -294,6 +303,7 @@ impl SpawnRequest {
             cpus: self.cpus,
             memory_mib: self.memory_mib,
             disk_bytes: self.disk_bytes,
+            disk_quota_bytes: self.disk_quota_bytes,
             net: self.net,
             allow,
             presets,

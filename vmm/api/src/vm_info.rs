@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::egress::NetworkInfo;
 use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, PresetRules};
+use crate::limit_hit::LimitHit;
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
 use crate::state::{FailureCause, StateCause, VmState};
@@ -48,6 +49,10 @@ pub struct VmInfo {
     pub memory_mib: u32,
     /// Virtual size of the disk in bytes.
     pub disk_bytes: u64,
+    /// How many bytes its files on the host may have: its disk, its snapshots and its logs. Absent: no quota.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub disk_quota_bytes: Option<u64>,
     /// Network.
     pub net: NetChoice,
     /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition. Absent: no rules.
@@ -89,6 +94,10 @@ pub struct VmInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub network: Option<NetworkInfo>,
+    /// Limits that it has reached since its start, the last first; 8 at most. Absent: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 8)]
+    pub limits_hit: Vec<LimitHit>,
     /// Why it failed.
     pub failure: Option<Failure>,
     /// Duration of its last start.

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use nido_api::machine::Machine;
 use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
-use nido_api::{AgentInfo, Failure, ForwardSpec, LeaseId, Timings, VmSpec, moment};
+use nido_api::{AgentInfo, Failure, ForwardSpec, LeaseId, LimitHit, Timings, VmSpec, moment};
 use serde::{Deserialize, Serialize};
 
 /// What of its template a VM uses. The parts are content-addressed, so a newer template of the same name changes nothing.
@@ -139,6 +139,8 @@ pub struct VmRow {
     pub ip_address: Option<String>,
     /// Why it failed.
     pub failure: Option<Failure>,
+    /// Limits that it has reached since its start, the last first.
+    pub limits_hit: Vec<LimitHit>,
     /// How long its last start took.
     pub timings: Option<Timings>,
     /// Its files are being removed.
@@ -192,6 +194,7 @@ impl VmRow {
             agent: AgentInfo::default(),
             ip_address: None,
             failure: None,
+            limits_hit: Vec::new(),
             timings: None,
             deleting: false,
             made_by: None,

@@ -32,7 +32,8 @@ impl BootParts {
 
 /// The columns in the order in which [`Raw::read`] takes them.
 pub(super) const COLUMNS: &str = "id, name, spec, state, parts, disk_bytes, cid, created_ms, machine, started_ms, expires_ms, agent, \
-                       ip_address, failure, timings, deleting, purpose, origin, state_cause, made_by, owner";
+                       ip_address, failure, timings, deleting, purpose, origin, state_cause, made_by, owner, \
+                       limits_hit";
 
 /// A row as `SQLite` gives it.
 pub(super) struct Raw {
@@ -57,6 +58,7 @@ pub(super) struct Raw {
     cause: Option<String>,
     made_by: Option<String>,
     owner: Option<String>,
+    limits_hit: Option<String>,
 }
 
 /// Reads columns one by one, and keeps the first reason why one cannot be read.
@@ -110,6 +112,7 @@ impl Raw {
             cause: row.get(18)?,
             made_by: row.get(19)?,
             owner: row.get(20)?,
+            limits_hit: row.get(21)?,
         })
     }
 
@@ -141,6 +144,8 @@ impl Raw {
             agent: columns.optional("agent", self.agent.as_deref()).unwrap_or_default(),
             ip_address: self.ip_address,
             failure: columns.optional("failure", self.failure.as_deref()),
+            // Of a newer version they are no reason to refuse the row.
+            limits_hit: self.limits_hit.and_then(|hits| serde_json::from_str(&hits).ok()).unwrap_or_default(),
             timings: columns.optional("timings", self.timings.as_deref()),
             deleting: self.deleting,
             made_by: self.made_by.and_then(|lease| columns.or("made_by", LeaseId::try_from(lease).map(Some), None)),

@@ -3,7 +3,7 @@
 //! Invariant: a step that was released never changes; a change of the tables is a new step.
 
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-pub(super) const STEPS: [&str; 17] = [
+pub(super) const STEPS: [&str; 18] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -177,6 +177,7 @@ pub(super) const STEPS: [&str; 17] = [
         in_row     INTEGER NOT NULL,             -- so many of them in a row did not work
         held       INTEGER NOT NULL              -- 1: a user keeps it stopped
      ) STRICT, WITHOUT ROWID;",
+    "ALTER TABLE vms ADD COLUMN limits_hit TEXT;                      -- LimitHits since its start; none if absent",
 ];
 /// What this build writes into `user_version`.
 pub(super) const SCHEMA_VERSION: i64 = STEPS.len() as i64;

@@ -27,6 +27,8 @@ struct StoredSpec {
     memory_mib: u32,
     #[serde(default)]
     disk_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    disk_quota_bytes: Option<u64>,
     #[serde(default)]
     net: NetChoice,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -114,6 +116,7 @@ impl From<VmSpec> for StoredSpec {
             cpus,
             memory_mib,
             disk_bytes,
+            disk_quota_bytes,
             net,
             allow,
             presets,
@@ -137,6 +140,7 @@ impl From<VmSpec> for StoredSpec {
             cpus,
             memory_mib,
             disk_bytes,
+            disk_quota_bytes,
             net,
             allow,
             presets,
@@ -164,6 +168,7 @@ impl From<StoredSpec> for VmSpec {
             cpus: stored.cpus,
             memory_mib: stored.memory_mib,
             disk_bytes: stored.disk_bytes,
+            disk_quota_bytes: stored.disk_quota_bytes,
             net: stored.net,
             allow: stored.allow,
             presets: stored.presets,
@@ -197,7 +202,7 @@ mod tests {
         spec.allow = ["example.com:443", "[2001:db8::/32]:53/udp"].map(|rule| rule.parse().unwrap()).into();
         let rules = vec!["pypi.org:443".parse().unwrap()];
         spec.presets = vec![PresetRules { rules, ..PresetRules::unexpanded("@pip".parse().unwrap()) }];
-        VmSpec { ttl_ms: Some(7), nested: true, restart: RestartPolicy::Always, disk_bytes: Some(1 << 30), ..spec }
+        VmSpec { ttl_ms: Some(7), nested: true, restart: RestartPolicy::Always, disk_bytes: Some(1 << 30), disk_quota_bytes: Some(2 << 30), ..spec }
     }
 
     /// Read as a value, and as text.

@@ -11,7 +11,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::machine::Machine;
 use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
-use nido_api::{AgentInfo, Failure, Limit, Timings};
+use nido_api::{AgentInfo, Failure, Limit, LimitHit, Timings};
 
 use self::events::events_of;
 use super::{BootParts, Origin, Store, VmRow, encode, fault};
@@ -60,6 +60,8 @@ pub enum Transition {
     MachineChanged(Machine),
     /// A time limit was reached.
     LimitReached(Limit),
+    /// Another limit was reached.
+    LimitHit(Box<LimitHit>),
     /// The network refused what the guest tried to reach.
     NetDenied(Box<Denial>),
     /// QEMU has ended, or never ran.
@@ -179,6 +181,7 @@ impl Transition {
             | Self::Ready(_)
             | Self::MachineChanged(_)
             | Self::LimitReached(_)
+            | Self::LimitHit(_)
             | Self::NetDenied(_)
             | Self::Ended(_) => SUPERVISED,
             Self::Adopted(_) => &VmState::ALL,
@@ -196,7 +199,7 @@ impl Transition {
             Self::Ended(end) => Some(end.state),
             Self::FoundRunning => Some(VmState::Running),
             Self::AddressChanged { .. } | Self::MachineChanged(_) | Self::Adopted(_) => None,
-            Self::LimitReached(_) | Self::NetDenied(_) => None,
+            Self::LimitReached(_) | Self::LimitHit(_) | Self::NetDenied(_) => None,
         }
     }
 
@@ -221,6 +224,16 @@ impl Transition {
         }
     }
 
+    /// The limit that was reached.
+    #[must_use]
+    pub fn limit_hit(&self, before: &VmRow) -> Option<LimitHit> {
+        match self {
+            Self::LimitReached(limit) => LimitHit::of_time(*limit, before.spec.ttl_ms, before.spec.idle_ms),
+            Self::LimitHit(hit) => Some(LimitHit::clone(hit)),
+            _ => None,
+        }
+    }
+
     /// The columns that it writes.
     fn columns(&self, before: &VmRow) -> Result<Columns> {
         let mut columns = Columns::default();
@@ -229,7 +242,14 @@ impl Transition {
             columns.set("state_cause", self.cause().map(StateCause::word));
         }
         match self {
-            Self::StartBegan | Self::StartGivenUp { .. } | Self::LimitReached(_) | Self::NetDenied(_) => {}
+            Self::StartBegan | Self::StartGivenUp { .. } | Self::NetDenied(_) => {}
+            Self::LimitReached(_) | Self::LimitHit(_) => {
+                if let Some(hit) = self.limit_hit(before) {
+                    let mut hits = before.limits_hit.clone();
+                    nido_api::limit_hit::add(&mut hits, &hit);
+                    columns.set("limits_hit", encode(&hits)?);
+                }
+            }
             Self::Launching(launch) => launch.columns(&mut columns)?,
             Self::AddressChanged { cid, machine } => {
                 columns.set("cid", *cid);
@@ -265,6 +285,7 @@ impl LaunchRecord {
         columns.set("started_ms", self.started_at.as_millisecond());
         columns.set("expires_ms", self.expires_at.map(Timestamp::as_millisecond));
         columns.set("failure", None::<String>);
+        columns.set("limits_hit", None::<String>);
         columns.set("timings", None::<String>);
         columns.set("parts", encode(&self.parts)?);
         columns.set("origin", encode(&self.origin)?);

@@ -31,6 +31,7 @@ mod host_services;
 mod jobs;
 mod launch;
 mod lifecycle;
+mod limit_hits;
 mod limits;
 mod loaded_guest;
 mod name_pins;

@@ -9,6 +9,7 @@ use nido_net::names::PinRecord;
 use nido_store::Transition;
 use tokio::time::timeout;
 
+use super::limit_hits;
 use super::name_pins;
 use super::network::policy;
 use super::old_connections;
@@ -91,6 +92,8 @@ impl Supervisor {
     /// Records a refusal.
     pub(super) fn on_denied(&mut self, denial: Box<Denial>) {
         tracing::info!(reason = denial.reason.name(), "the network refused {}", denial.what());
+        let hit = limit_hits::of_denial(&denial);
         self.write(Transition::NetDenied(denial));
+        hit.into_iter().for_each(|hit| self.on_limit_hit(hit));
     }
 }

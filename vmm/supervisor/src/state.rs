@@ -26,6 +26,7 @@ use super::forwards::Forwards;
 use super::host_clocks::HostClocks;
 use super::jobs::Jobs;
 use super::lifecycle::{InitialState, Lifecycle};
+use super::limit_hits::RecordedLimits;
 use super::limits::Limits;
 use super::network;
 use super::old_connections::Ends;
@@ -86,6 +87,7 @@ pub(super) struct Supervisor {
     pub(super) clock_stale: bool,
     pub(super) host_clocks: HostClocks,
     pub(super) unwritten: UnwrittenChanges,
+    pub(super) recorded_limits: RecordedLimits,
     /// The start of QEMU, or the take-over of one, until it is over.
     pub(super) startup: Option<PendingStart>,
     /// It was given up, and its task may not have ended yet.
@@ -194,6 +196,7 @@ impl Supervisor {
             clock_stale: attach,
             host_clocks: HostClocks::now(),
             unwritten: UnwrittenChanges::prepare(Path::new(UNWRITTEN)),
+            recorded_limits: RecordedLimits::default(),
             startup: None,
             start_cancelled: false,
             deferred: Vec::new(),

@@ -85,6 +85,10 @@ impl Nido {
     /// What a clone is asked to become, and the memory image of the clones that can.
     async fn claim_command(&self, spec: &VmSpec, start: StartRequest, grant: &Grant) -> Result<(String, ClaimCommand)> {
         check_spec(spec)?;
+        if spec.disk_quota_bytes.is_some() {
+            // Its QEMU runs already, without one.
+            return Err(Error::new(Code::TemplateMismatch, "a clone of the pool has no disk quota"));
+        }
         let (host, qemu) = self.host_facts().await?;
         let manifest = self.manifest(&spec.template)?;
         let disk_bytes = disk_bytes(spec, &boot_parts(&manifest))?;

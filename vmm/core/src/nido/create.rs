@@ -26,6 +26,8 @@ use super::reconcile::Scope;
 pub(super) const SPACE_RESERVE_BYTES: u64 = 1 << 20;
 /// Most labels a VM may carry.
 const LABELS_MAX: usize = 64;
+/// The smallest disk quota: an empty disk and the logs fit.
+const DISK_QUOTA_MIN: u64 = 16 << 20;
 /// Longest label key or value, in bytes.
 const LABEL_BYTES_MAX: usize = 256;
 
@@ -128,6 +130,10 @@ pub(super) fn check_spec(spec: &VmSpec) -> Result<()> {
     if spec.ephemeral && !spec.restart.is_no() {
         let words = "restart: an ephemeral VM is deleted when it stops, so it cannot be restarted";
         return Err(Error::new(Code::SpecInvalid, words).hint("leave out ephemeral, or restart"));
+    }
+    if spec.disk_quota_bytes.is_some_and(|quota| quota < DISK_QUOTA_MIN) {
+        let rule = format!("disk_quota_bytes: at least {} MiB", DISK_QUOTA_MIN >> 20);
+        return Err(Error::new(Code::SpecInvalid, rule).hint("leave it out for no quota"));
     }
     for (field, limit) in [("ttl_ms", spec.ttl_ms), ("idle_ms", spec.idle_ms)] {
         if limit == Some(0) {

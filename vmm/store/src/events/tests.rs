@@ -1,7 +1,7 @@
 use super::super::{AgentReady, BootParts, Purpose, Transition, TransitionOutcome, VmEnd};
 use super::*;
 use nido_api::state::{FailureCause, VmState};
-use nido_api::{AgentInfo, Failure, Limit, VmSpec};
+use nido_api::{AgentInfo, Failure, Limit, LimitKind, VmSpec};
 
 fn row(id: &str, purpose: Purpose) -> VmRow {
     let parts = BootParts {
@@ -70,14 +70,15 @@ fn the_events_of_a_vm_are_in_order() {
     make(&store, "1", &ended(VmState::Stopped, None, vec!["Power down".to_owned()]));
     store.remove_vm("1", vec!["the end".into()]).unwrap();
     store.remove_vm("1", Vec::new()).unwrap();
-    let told = ["vm.created", "vm.started", "vm.paused", "vm.resumed", "vm.expired", "vm.stopped", "vm.deleted"];
-    assert_eq!(words(&store), told);
+    let first = ["vm.created", "vm.started", "vm.paused", "vm.resumed", "vm.expired", "vm.limit_hit"];
+    assert_eq!(words(&store), [&first[..], &["vm.stopped", "vm.deleted"]].concat());
     let events = all(&store);
     assert!(events.windows(2).all(|pair| pair[0].cursor < pair[1].cursor));
     assert!(events.iter().all(|event| event.vm_name.as_ref().unwrap().as_str() == "vm-1"));
-    assert_eq!(events[5].details.ip_address.as_deref(), Some("10.0.2.15"), "the address it had");
-    assert_eq!(events[5].details.last_log_entries, ["Power down"]);
-    assert_eq!(store.last_cursor().unwrap(), events[6].cursor);
+    assert_eq!(events[5].details.limit_hit.as_ref().unwrap().kind, LimitKind::Time);
+    assert_eq!(events[6].details.ip_address.as_deref(), Some("10.0.2.15"), "the address it had");
+    assert_eq!(events[6].details.last_log_entries, ["Power down"]);
+    assert_eq!(store.last_cursor().unwrap(), events[7].cursor);
 }
 
 #[test]

@@ -18,8 +18,10 @@ pub(super) fn events_of(before: &VmRow, transition: &Transition) -> Vec<(EventKi
     }
     match transition {
         Transition::LimitReached(limit) => {
-            vec![(EventKind::VmExpired, EventDetails { limit: Some(*limit), ..of_vm(before) })]
+            let expired = (EventKind::VmExpired, EventDetails { limit: Some(*limit), ..of_vm(before) });
+            std::iter::once(expired).chain(limit_hit(before, transition)).collect()
         }
+        Transition::LimitHit(_) => limit_hit(before, transition).into_iter().collect(),
         Transition::NetDenied(denial) => {
             vec![(EventKind::NetDenied, EventDetails { denial: Some(Denial::clone(denial)), ..of_vm(before) })]
         }
@@ -40,6 +42,12 @@ pub(super) fn events_of(before: &VmRow, transition: &Transition) -> Vec<(EventKi
         | Transition::FoundRunning
         | Transition::Adopted(_) => Vec::new(),
     }
+}
+
+fn limit_hit(before: &VmRow, transition: &Transition) -> Option<(EventKind, EventDetails)> {
+    let hit = transition.limit_hit(before)?;
+    let message = Some(hit.describe());
+    Some((EventKind::VmLimitHit, EventDetails { limit_hit: Some(hit), message, ..of_vm(before) }))
 }
 
 fn change_of_state(before: &VmRow, after: VmState, cause: Option<StateCause>) -> Option<(EventKind, EventDetails)> {

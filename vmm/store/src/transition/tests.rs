@@ -2,7 +2,7 @@ use super::*;
 use crate::{Purpose, parts::tests::parts_with_root};
 use nido_api::egress::{Denial, DenialReason, DeniedProtocol};
 use nido_api::state::FailureCause;
-use nido_api::{EventsRequest, VmSpec};
+use nido_api::{EventsRequest, LimitKind, VmSpec};
 
 fn open_with(state: VmState) -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
@@ -74,6 +74,7 @@ fn all() -> Vec<Transition> {
         Transition::Ready(Box::new(ready)),
         Transition::MachineChanged(machine()),
         Transition::LimitReached(Limit::Ttl),
+        Transition::LimitHit(Box::new(LimitHit::new(LimitKind::Disk, Some(1), "full"))),
         Transition::NetDenied(Box::new(denial)),
         Transition::ended(VmState::Failed, Some(failure)),
         Transition::DiskRestored { snapshot: "s".parse().unwrap(), to: VmState::Stopped },
@@ -132,4 +133,20 @@ fn a_start_that_was_given_up_after_a_supervisor_had_the_vm_is_not_undone() {
     let given_up = Transition::StartGivenUp { to: VmState::Stopped };
     assert_eq!(store.transition("1", &given_up).unwrap(), TransitionOutcome::No(VmState::Running));
     assert_eq!(row(&store).state, VmState::Running);
+}
+
+#[test]
+fn limits_that_were_hit_are_kept_until_the_next_start() {
+    let (_dir, store) = open_with(VmState::Running);
+    let hit = |used| Transition::LimitHit(Box::new(LimitHit::new(LimitKind::Disk, Some(9), "full").with("used", used)));
+    for used in [1, 2] {
+        assert_eq!(store.transition("1", &hit(used)).unwrap(), TransitionOutcome::Yes);
+    }
+    assert_eq!(store.transition("1", &Transition::LimitReached(Limit::Session)).unwrap(), TransitionOutcome::Yes);
+    let hits = row(&store).limits_hit;
+    assert_eq!((hits.len(), hits[0].count, hits[0].evidence["used"]), (1, 2, 2));
+    assert_eq!(store.transition("1", &Transition::ended(VmState::Stopped, None)).unwrap(), TransitionOutcome::Yes);
+    assert_eq!(row(&store).limits_hit, hits);
+    store.connection.execute("UPDATE vms SET limits_hit = '[{\"kind\": \"of_the_future\"}]'", []).unwrap();
+    assert!(row(&store).limits_hit.is_empty() && row(&store).unreadable.is_none());
 }

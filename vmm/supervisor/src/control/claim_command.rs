@@ -52,6 +52,8 @@ pub struct VmOrder {
     pub memory_mib: Option<u32>,
     #[serde(default)]
     pub disk_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_quota_bytes: Option<u64>,
     #[serde(default)]
     pub net: NetChoice,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -92,6 +94,7 @@ impl From<VmSpec> for VmOrder {
             cpus: Some(spec.cpus),
             memory_mib: Some(spec.memory_mib),
             disk_bytes: spec.disk_bytes,
+            disk_quota_bytes: spec.disk_quota_bytes,
             net: spec.net,
             allow: spec.allow,
             presets: spec.presets,
@@ -121,6 +124,7 @@ impl From<VmOrder> for VmSpec {
             cpus: order.cpus.unwrap_or(default.cpus),
             memory_mib: order.memory_mib.unwrap_or(default.memory_mib),
             disk_bytes: order.disk_bytes,
+            disk_quota_bytes: order.disk_quota_bytes,
             net: order.net,
             allow: order.allow,
             presets: order.presets,
