@@ -17,6 +17,28 @@ fn an_idle_vm_is_stopped_and_a_used_one_is_not() {
         (vm.status() == "stopped").then_some(())
     });
     assert_eq!(vm.info()["failure"], serde_json::Value::Null);
+    let hit = &vm.info()["limits_hit"][0];
+    assert_eq!((&hit["kind"], &hit["limit"], &hit["count"]), (&"time".into(), &5000.into(), &1.into()), "{hit}");
+    let events = home.nido(["events", "--event", "vm.limit_hit", "--json"]).text();
+    assert!(events.contains("\"limit_hit\":{\"kind\":\"time\",\"limit\":5000"), "{events}");
+}
+
+#[test]
+fn a_guest_that_fills_its_disk_quota_sees_errors_and_keeps_running() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none", "--disk-quota", "64M"]);
+    assert_eq!(vm.info()["disk_quota_bytes"], 64 << 20);
+    assert!(vm.info()["limits_hit"].is_null());
+    vm.sh("! dd if=/dev/urandom of=/root/filler bs=1M count=200 conv=fsync").ok();
+    let hit = eventually("the limit hit", || vm.info()["limits_hit"].get(0).cloned());
+    assert_eq!((&hit["kind"], &hit["limit"]), (&"disk".into(), &(64 << 20).into()), "{hit}");
+    assert!(hit["evidence"]["used_bytes"].as_u64().is_some_and(|used| used <= (64 << 20) + (1 << 20)), "{hit}");
+    assert_eq!((vm.status().as_str(), vm.exec(["echo", "alive"]).text().as_str()), ("running", "alive"));
+    assert!(vm.nido("info", &[]).text().contains("limit hit"));
+    let events = home.nido(["events", "--event", "vm.limit_hit", "--json"]).text();
+    assert_eq!(events.lines().count(), 1, "{events}");
+    // A snapshot has the memory, too.
+    home.nido(["snapshot", "create", "web", "one"]).problem(1, "limit_exceeded");
 }
 
 #[test]

@@ -119,6 +119,7 @@ fn machine(vm: &VmInfo) -> impl Iterator<Item = (&'static str, String)> {
         ("accel", vm.accel.clone()),
         ("isolation", vm.isolation.clone()),
         ("confinement", (!vm.confinement.is_empty()).then(|| vm.confinement.join(" "))),
+        ("host limits", (!vm.host_limits.is_empty()).then(|| vm.host_limits.describe())),
         ("nested", vm.nested.then(|| "the guest can run VMs".to_owned())),
         ("reason", vm.machine_reason.clone()),
         ("agent", agent(vm)),

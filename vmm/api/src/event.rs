@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{NetChoice, Timings};
 use crate::egress::{Denial, EgressRule};
 use crate::error::{Code, Error};
-use crate::limit_hit::LimitHit;
+use crate::limit_hit::{LimitHit, LimitKind};
 use crate::name::{SnapshotName, TemplateName, VmName};
 use crate::state::{FailureCause, StateCause};
 
@@ -226,6 +226,18 @@ pub enum Limit {
     Idle,
     /// The session that the VM was created for has ended.
     Session,
+}
+
+impl Limit {
+    /// The hit of a limit of time. `None` if what ended the VM was none.
+    #[must_use]
+    pub fn hit(self, ttl_ms: Option<u64>, idle_ms: Option<u64>) -> Option<LimitHit> {
+        match self {
+            Self::Ttl => Some(LimitHit::new(LimitKind::Time, ttl_ms, "its time to live is over")),
+            Self::Idle => Some(LimitHit::new(LimitKind::Time, idle_ms, "it was idle for too long")),
+            Self::Session => None,
+        }
+    }
 }
 
 /// Filters for events.

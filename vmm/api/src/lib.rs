@@ -9,6 +9,7 @@ pub mod egress;
 pub mod event;
 pub mod exec;
 pub mod forward;
+pub mod host_limits;
 pub mod job;
 pub mod lease;
 pub mod limit_hit;
@@ -51,6 +52,7 @@ pub use egress::{
 pub use event::*;
 pub use exec::*;
 pub use forward::*;
+pub use host_limits::HostLimits;
 pub use job::*;
 pub use lease::*;
 pub use limit_hit::{LIMITS_SHOWN, LimitHit, LimitKind};

@@ -5,8 +5,6 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::event::Limit;
-
 /// How many limits are reported with a VM.
 pub const LIMITS_SHOWN: usize = 8;
 
@@ -78,16 +76,6 @@ impl LimitHit {
         self
     }
 
-    /// The hit of a limit of time. `None` if what ended the VM was none.
-    #[must_use]
-    pub fn of_time(limit: Limit, ttl_ms: Option<u64>, idle_ms: Option<u64>) -> Option<Self> {
-        match limit {
-            Limit::Ttl => Some(Self::new(LimitKind::Time, ttl_ms, "its time to live is over")),
-            Limit::Idle => Some(Self::new(LimitKind::Time, idle_ms, "it was idle for too long")),
-            Limit::Session => None,
-        }
-    }
-
     /// For people: `disk (limit 1024 MiB): …`.
     #[must_use]
     pub fn describe(&self) -> String {
@@ -123,12 +111,6 @@ mod tests {
         add(&mut hits, &LimitHit::new(LimitKind::Disk, Some(2), "full").with("used_bytes", 7));
         assert_eq!(hits.len(), LIMITS_SHOWN);
         assert_eq!((hits[0].count, hits[0].limit, hits[0].evidence["used_bytes"]), (2, Some(2), 7));
-    }
-
-    #[test]
-    fn the_end_of_a_session_is_no_limit() {
-        assert_eq!(LimitHit::of_time(Limit::Session, Some(1), Some(2)), None);
-        assert_eq!(LimitHit::of_time(Limit::Idle, Some(1), Some(2)).unwrap().limit, Some(2));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::NetChoice;
+use crate::host_limits::HostLimits;
 
 /// A machine type of QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +140,9 @@ pub struct Machine {
     /// The layers that confine QEMU's process.
     #[serde(default)]
     pub confinement: Vec<Layer>,
+    /// What the host limits, as the kernel reported it after the start.
+    #[serde(default, skip_serializing_if = "HostLimits::is_empty")]
+    pub host_limits: HostLimits,
     /// One sentence: why this machine type and this accelerator.
     pub reason: String,
     /// Warnings for the user.

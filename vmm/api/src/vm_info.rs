@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::egress::NetworkInfo;
 use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, PresetRules};
+use crate::host_limits::HostLimits;
 use crate::limit_hit::LimitHit;
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
@@ -41,6 +42,9 @@ pub struct VmInfo {
     /// machine is selected, and for a VM that an earlier version started.
     #[serde(default)]
     pub confinement: Vec<String>,
+    /// What QEMU and the VM's supervisor may use on the host, as the kernel has it. Absent: no limits.
+    #[serde(default, skip_serializing_if = "HostLimits::is_empty")]
+    pub host_limits: HostLimits,
     /// Whether it can run VMs itself.
     pub nested: bool,
     /// Virtual CPUs.

@@ -15,6 +15,7 @@ pub use nido_confine as confine;
 
 pub mod bake;
 pub mod disk;
+pub mod disk_quota;
 pub mod error_sources;
 pub mod guest;
 pub mod home;

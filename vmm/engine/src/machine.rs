@@ -8,7 +8,7 @@
 //! [`Machine`]), never where isolation is required, never for a VM that ran under KVM before unless its user requests it, and never
 //! because a test of KVM did not end; a [`Machine`] holds only what the QEMU at hand can do.
 
-use nido_api::{AccelChoice, MachineChoice, NetChoice};
+use nido_api::{AccelChoice, HostLimits, MachineChoice, NetChoice};
 
 use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
 use crate::host::{HostFacts, KvmVerdict, Nesting, VsockVerdict};
@@ -160,6 +160,7 @@ pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> R
         tb_size_mib: (accel == Accel::Tcg).then(|| tb_size_mib(request.memory_mib, request.nested)),
         tsc_khz,
         confinement: host.confinement.layers(),
+        host_limits: HostLimits::default(),
         reason: format!("{machine_reason}; {accel_reason}"),
         warnings,
     })

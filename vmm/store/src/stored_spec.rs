@@ -202,7 +202,14 @@ mod tests {
         spec.allow = ["example.com:443", "[2001:db8::/32]:53/udp"].map(|rule| rule.parse().unwrap()).into();
         let rules = vec!["pypi.org:443".parse().unwrap()];
         spec.presets = vec![PresetRules { rules, ..PresetRules::unexpanded("@pip".parse().unwrap()) }];
-        VmSpec { ttl_ms: Some(7), nested: true, restart: RestartPolicy::Always, disk_bytes: Some(1 << 30), disk_quota_bytes: Some(2 << 30), ..spec }
+        VmSpec {
+            ttl_ms: Some(7),
+            nested: true,
+            restart: RestartPolicy::Always,
+            disk_bytes: Some(1 << 30),
+            disk_quota_bytes: Some(2 << 30),
+            ..spec
+        }
     }
 
     /// Read as a value, and as text.

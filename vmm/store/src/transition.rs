@@ -181,10 +181,10 @@ impl Transition {
             | Self::Ready(_)
             | Self::MachineChanged(_)
             | Self::LimitReached(_)
-            | Self::LimitHit(_)
             | Self::NetDenied(_)
             | Self::Ended(_) => SUPERVISED,
-            Self::Adopted(_) => &VmState::ALL,
+            // A snapshot of a stopped VM can reach its quota.
+            Self::Adopted(_) | Self::LimitHit(_) => &VmState::ALL,
         }
     }
 
@@ -228,7 +228,7 @@ impl Transition {
     #[must_use]
     pub fn limit_hit(&self, before: &VmRow) -> Option<LimitHit> {
         match self {
-            Self::LimitReached(limit) => LimitHit::of_time(*limit, before.spec.ttl_ms, before.spec.idle_ms),
+            Self::LimitReached(limit) => limit.hit(before.spec.ttl_ms, before.spec.idle_ms),
             Self::LimitHit(hit) => Some(LimitHit::clone(hit)),
             _ => None,
         }

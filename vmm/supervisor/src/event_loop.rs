@@ -85,6 +85,7 @@ impl Supervisor {
     async fn conclude(mut self, exit: QemuExit) -> Result<()> {
         self.refuse_calls();
         self.gather_tails().await;
+        self.note_memory_limit(exit);
         let (state, failure) = self.lifecycle.end(exit);
         if self.machine.accel == Accel::Kvm && failure.as_ref().is_some_and(|failure| questions_kvm(failure.cause)) {
             self.test_kvm_again().await;

@@ -21,6 +21,8 @@ pub struct ExitEvidence {
     pub kvm_error: bool,
     /// The disk that holds nido's home had no space left when QEMU ended.
     pub disk_full: bool,
+    /// The limit of the VM's memory on the host, in bytes, if the kernel killed a process for it.
+    pub memory_limit: Option<u64>,
     /// The last lines of QEMU's own output.
     pub qemu_tail: Vec<String>,
     /// The last lines of the guest's console.
@@ -95,6 +97,11 @@ fn qemu_trouble(exit: QemuExit, seen: &ExitEvidence) -> (FailureCause, String) {
         return (FailureCause::DiskFull, "the host's disk is full".into());
     }
     match exit {
+        QemuExit::Signal(9) | QemuExit::Unknown if seen.memory_limit.is_some() => {
+            let mib = seen.memory_limit.unwrap_or_default() >> 20;
+            let words = format!("QEMU was killed: the VM's memory on the host was used up (limit {mib} MiB)");
+            (FailureCause::OutOfMemory, words)
+        }
         QemuExit::Signal(9) => (
             FailureCause::QemuSignal,
             "QEMU was killed (signal 9), possibly by the kernel's out-of-memory killer".into(),
@@ -163,6 +170,16 @@ mod tests {
             FailureCause::OutOfMemory
         );
         assert_eq!(cause(QemuExit::Code(1), "write: No space left on device"), FailureCause::DiskFull);
+    }
+
+    #[test]
+    fn a_qemu_that_used_up_its_memory_is_out_of_memory() {
+        let seen = ExitEvidence { memory_limit: Some(1 << 30), ..ExitEvidence::default() };
+        for exit in [QemuExit::Signal(9), QemuExit::Unknown] {
+            let failure = exit_cause(VmState::Running, exit, &seen).1.unwrap();
+            assert_eq!(failure.cause, FailureCause::OutOfMemory);
+            assert!(failure.message.contains("limit 1024 MiB"), "{}", failure.message);
+        }
     }
 
     /// A guest whose agent speaks another protocol was reported as one that did not answer within a minute, at once.

@@ -56,6 +56,7 @@ impl Supervisor {
             tracing::info!("the host's clock has jumped, or it slept");
             self.set_guest_clock();
         }
+        self.apply_disk_quota(running);
         let now = Instant::now();
         if !self.lifecycle.is_resuming()
             && self.by_itself.as_mut().is_some_and(|by_itself| by_itself.is_due(now, Path::new(".")))
@@ -138,6 +139,7 @@ impl Supervisor {
             }
             Report::Denied(denial) => self.on_denied(denial),
             Report::Resolved(pins) => self.keep_pins(pins),
+            Report::HostLimits(found) => self.on_host_limits(*found),
             Report::JobEnded(what, outcome) => {
                 if let Err(error) = outcome {
                     tracing::warn!("{what}: {error}");
@@ -161,7 +163,10 @@ impl Supervisor {
             "VSERPORT_CHANGE" => self.check_reopened_port(),
             "SHUTDOWN" => self.lifecycle.evidence().shutdown_reason = Some(shutdown_reason(&event)),
             "GUEST_PANICKED" => self.step(Event::Panicked, running),
-            "BLOCK_IO_ERROR" => self.no_space = Some(event.data.get("nospace") == Some(&serde_json::Value::Bool(true))),
+            "BLOCK_IO_ERROR" => {
+                self.no_space = Some(event.data.get("nospace") == Some(&serde_json::Value::Bool(true)));
+                self.explain_io_error();
+            }
             "STOP" | "SUSPEND" => self.query_status(running).await,
             "RESUME" | "WAKEUP" => self.cpus_run(Event::CpusRun, running),
             _ => {}

@@ -9,6 +9,7 @@ use std::time::Duration;
 use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::on_one_line;
 use nido_engine::confine::{self, Confinement};
+use nido_engine::disk_quota::DiskUsage;
 use nido_engine::home::{
     CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK,
 };
@@ -165,6 +166,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         _ if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
         Origin::Boot | Origin::Restore { .. } => (Memory::Fresh, None),
     };
+    let quota = row.spec.disk_quota_bytes.filter(|_| row.purpose == Purpose::Use);
     let files = Files {
         memory,
         incoming,
@@ -177,18 +179,14 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
             bases: bases.iter().map(|hash| home.blob(hash).into()).collect(),
             // A clone is deleted when it stops, but the VM that it becomes may not be ephemeral.
             ephemeral: row.spec.ephemeral && row.purpose != Purpose::Pool,
+            has_quota: quota.is_some(),
         },
         monitor_socket: QMP_SOCKET.into(),
         channel_socket: CHANNEL_SOCKET.into(),
         console_log: CONSOLE_LOG.into(),
         guest_config: GUEST_CONFIG.into(),
     };
-    for part in [&row.parts.vmlinux, &row.parts.initramfs].into_iter().chain(bases).chain(image) {
-        std::fs::File::open(home.blob(part)).map_err(|e| {
-            Error::new(Code::TemplateMismatch, format!("a part of the VM's template cannot be read: {e}"))
-                .hint(nido_engine::template::renewal(&row.spec.template))
-        })?;
-    }
+    check_parts(home, row, bases.into_iter().chain(image))?;
     let broken = |e| Error::io("cannot prepare QEMU", e);
     if let Some(image) = image.filter(|_| !qemu.memory_file_rom) {
         make_writable(&home.blob(image)).map_err(broken)?;
@@ -207,18 +205,35 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         // QEMU cannot make a file there, and gives an empty one its size.
         OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(broken)?;
     }
+    let file_bytes = quota.map(|quota| layer_limit(home, row, quota)).transpose()?;
     let args = flatten(parts(machine, &files));
     let program = qemu.path.as_path();
     let confinement = confinement(machine, &files, program)?;
     tracing::info!(program = %program.display(), ?args, confinement = ?machine.confinement, "starting QEMU");
     let vm_dir = Path::new(".");
-    QemuProcess::spawn(process::Launch { program, args: &args, vm_dir, log, lock: lock.file(), confinement }).map_err(
-        |e| {
-            // A verdict on the host that does not hold any more is not for the next start.
-            host::confinement::invalidate(&home.cache());
-            Error::io(format!("cannot start {}", program.display()), e)
-        },
-    )
+    let launch = process::Launch { program, args: &args, vm_dir, log, lock: lock.file(), confinement, file_bytes };
+    QemuProcess::spawn(launch).map_err(|e| {
+        // A verdict on the host that does not hold any more is not for the next start.
+        host::confinement::invalidate(&home.cache());
+        Error::io(format!("cannot start {}", program.display()), e)
+    })
+}
+
+/// Whether the parts of the template can be read that the VM needs.
+fn check_parts<'a>(home: &Home, row: &'a VmRow, disks_and_memory: impl Iterator<Item = &'a String>) -> Result<()> {
+    for part in [&row.parts.vmlinux, &row.parts.initramfs].into_iter().chain(disks_and_memory) {
+        std::fs::File::open(home.blob(part)).map_err(|e| {
+            Error::new(Code::TemplateMismatch, format!("a part of the VM's template cannot be read: {e}"))
+                .hint(nido_engine::template::renewal(&row.spec.template))
+        })?;
+    }
+    Ok(())
+}
+
+/// How long the VM's own disk layer may become.
+fn layer_limit(home: &Home, row: &VmRow, quota: u64) -> Result<u64> {
+    let usage = DiskUsage::of(&home.vm(&row.id)).map_err(|e| Error::io("cannot read the VM's directory", e))?;
+    Ok(usage.layer_limit(quota))
 }
 
 /// Prepares what QEMU may do on the host: what was decided with the machine. The working directory is the VM's.

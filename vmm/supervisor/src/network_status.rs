@@ -9,10 +9,10 @@ use nido_net::names::PinRecord;
 use nido_store::Transition;
 use tokio::time::timeout;
 
-use super::limit_hits;
 use super::name_pins;
 use super::network::policy;
 use super::old_connections;
+use super::recorded_limits;
 use super::state::{Report, Supervisor};
 
 /// How long the engine may take to reply.
@@ -92,7 +92,7 @@ impl Supervisor {
     /// Records a refusal.
     pub(super) fn on_denied(&mut self, denial: Box<Denial>) {
         tracing::info!(reason = denial.reason.name(), "the network refused {}", denial.what());
-        let hit = limit_hits::of_denial(&denial);
+        let hit = recorded_limits::of_denial(&denial);
         self.write(Transition::NetDenied(denial));
         hit.into_iter().for_each(|hit| self.on_limit_hit(hit));
     }

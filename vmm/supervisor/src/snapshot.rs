@@ -18,6 +18,7 @@ use std::time::{Duration, Instant as StdInstant};
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
+use nido_engine::disk_quota::DiskUsage;
 use nido_engine::guest::{Guest, GuestError, Session};
 use nido_engine::home::{SNAPSHOT_SOCKET, VmDir};
 use nido_engine::machine::Accel;
@@ -73,7 +74,7 @@ struct SnapshotJob {
 impl Supervisor {
     /// Begins to take a snapshot; the reply comes when it is whole.
     pub(super) fn take_snapshot(
-        &self,
+        &mut self,
         name: SnapshotName,
         into: Option<String>,
         running: &RunningQemu,
@@ -83,6 +84,12 @@ impl Supervisor {
             let busy = Error::new(Code::VmBusy, "another snapshot of this VM is being taken");
             return drop(reply.send(Err(busy)));
         };
+        // What goes to another VM is a copy of this one that is deleted soon.
+        if into.is_none()
+            && let Err(error) = self.check_snapshot_quota()
+        {
+            return drop(reply.send(Err(error)));
+        }
         let (taking, preparation) = match self.taking(name, into, running) {
             Ok(begun) => begun,
             Err(error) => return drop(reply.send(Err(error))),
@@ -98,6 +105,16 @@ impl Supervisor {
                 set_clock(agent_route).await;
             }
         });
+    }
+
+    fn check_snapshot_quota(&mut self) -> Result<()> {
+        let Some(quota) = self.disk_quota() else { return Ok(()) };
+        let usage = DiskUsage::of(&self.dir).map_err(|e| Error::io("cannot read the VM's directory", e))?;
+        let needed = (u64::from(self.machine.memory_mib) << 20) + usage.layer;
+        usage.check_snapshot(quota, self.row.spec.name.as_str(), needed).map_err(|(error, hit)| {
+            self.on_limit_hit(hit);
+            error
+        })
     }
 
     fn taking(

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use nido_api::HostLimits;
 use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
 use nido_engine::guest::{Channel, Guest};
@@ -26,13 +27,13 @@ use super::forwards::Forwards;
 use super::host_clocks::HostClocks;
 use super::jobs::Jobs;
 use super::lifecycle::{InitialState, Lifecycle};
-use super::limit_hits::RecordedLimits;
 use super::limits::Limits;
 use super::network;
 use super::old_connections::Ends;
 use super::pause::AutomaticResume;
 use super::qemu_sockets;
 use super::readiness::{AgentRoute, Readiness};
+use super::recorded_limits::RecordedLimits;
 use super::role::Role;
 use super::start_report::{PendingStart, StartReport};
 use super::terminate::Termination;
@@ -88,6 +89,8 @@ pub(super) struct Supervisor {
     pub(super) host_clocks: HostClocks,
     pub(super) unwritten: UnwrittenChanges,
     pub(super) recorded_limits: RecordedLimits,
+    /// How long QEMU's files may become, once this supervisor has set it.
+    pub(super) layer_limit: Option<u64>,
     /// The start of QEMU, or the take-over of one, until it is over.
     pub(super) startup: Option<PendingStart>,
     /// It was given up, and its task may not have ended yet.
@@ -120,6 +123,8 @@ pub(super) enum Report {
     Resolved(Vec<PinRecord>),
     /// The network refused what the guest tried to reach.
     Denied(Box<Denial>),
+    /// What the kernel limits of QEMU and this supervisor.
+    HostLimits(Box<HostLimits>),
     /// What a job does, and its outcome: an error, too, if it is late and continues.
     JobEnded(&'static str, Result<()>),
 }
@@ -197,6 +202,7 @@ impl Supervisor {
             host_clocks: HostClocks::now(),
             unwritten: UnwrittenChanges::prepare(Path::new(UNWRITTEN)),
             recorded_limits: RecordedLimits::default(),
+            layer_limit: None,
             startup: None,
             start_cancelled: false,
             deferred: Vec::new(),

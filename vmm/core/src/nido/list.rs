@@ -200,6 +200,7 @@ impl Nido {
             confinement: machine
                 .map(|m| m.confinement.iter().map(|layer| layer.name().into()).collect())
                 .unwrap_or_default(),
+            host_limits: machine.map(|m| m.host_limits.clone()).unwrap_or_default(),
             nested: row.spec.nested,
             cpus: row.spec.cpus,
             memory_mib: row.spec.memory_mib,

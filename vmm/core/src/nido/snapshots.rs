@@ -6,6 +6,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::SnapshotName;
 use nido_api::state::VmState;
 use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, VmRef};
+use nido_engine::disk_quota::DiskUsage;
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VmDir};
 use nido_engine::snapshot::{self, DiskCopy, PendingSnapshot, PreviousDisk, Record};
 use nido_files::lock::HeldLock;
@@ -43,6 +44,7 @@ impl Nido {
                 if !dir.file(DISK).exists() {
                     return Err(denied(&row, "snapshotted", "it has never been started"));
                 }
+                self.check_snapshot_quota(&row, &dir)?;
                 let unfinished = PendingSnapshot::begin(&dir, &dir, name)?;
                 nido_files::failpoint!("snapshot.begun");
                 unfinished.copy_disk(&dir)?;
@@ -53,6 +55,17 @@ impl Nido {
         let info = snapshot::info(&dir, vm, name)?;
         self.store().announce_snapshot(&row, name, info.created_at)?;
         Ok(info)
+    }
+
+    /// Refuses a snapshot of a stopped VM that does not fit into its disk quota.
+    fn check_snapshot_quota(&self, row: &VmRow, dir: &VmDir) -> Result<()> {
+        let Some(quota) = row.spec.disk_quota_bytes else { return Ok(()) };
+        let usage = DiskUsage::of(dir).map_err(|e| Error::io("cannot read the VM's directory", e))?;
+        let Err((error, hit)) = usage.check_snapshot(quota, row.spec.name.as_str(), usage.layer) else { return Ok(()) };
+        self.store()
+            .transition(&row.id, &Transition::LimitHit(Box::new(hit)))?
+            .log(&row.id, "a limit that was reached");
+        Err(error)
     }
 
     /// A VM's snapshots, the oldest first.

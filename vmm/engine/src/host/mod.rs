@@ -13,6 +13,7 @@ pub mod facts;
 pub mod kvm;
 mod kvm_features;
 mod kvm_vcpu;
+pub mod limits;
 pub mod qemu;
 pub mod scope;
 mod tsc;

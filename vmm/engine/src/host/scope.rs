@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use nido_api::HostLimits;
 use tokio::process::Command;
 
 /// How long systemd may take.
@@ -55,8 +56,8 @@ pub fn bus() -> Option<Bus> {
 ///
 /// # Errors
 /// The error of systemd or `busctl`.
-pub async fn adopt(bus: Bus, id: &str, vm: &str, pids: &[i32]) -> Result<(), String> {
-    adopt_as(bus, id, &format!("nido VM {vm}"), pids).await
+pub async fn adopt(bus: Bus, id: &str, vm: &str, pids: &[i32], limits: &HostLimits) -> Result<(), String> {
+    adopt_as(bus, id, &format!("nido VM {vm}"), pids, limits).await
 }
 
 /// Puts a process that serves a whole home into the scope `nido-ID.scope`: it must not keep the scope of a VM from ending.
@@ -65,22 +66,39 @@ pub async fn adopt(bus: Bus, id: &str, vm: &str, pids: &[i32]) -> Result<(), Str
 /// The error of systemd or `busctl`.
 pub async fn adopt_helper(bus: Bus, id: &str, description: &str) -> Result<(), String> {
     let own = i32::try_from(std::process::id()).unwrap_or_default();
-    adopt_as(bus, id, description, &[own]).await
+    adopt_as(bus, id, description, &[own], &HostLimits::default()).await
 }
 
-async fn adopt_as(bus: Bus, id: &str, description: &str, pids: &[i32]) -> Result<(), String> {
-    match call(bus, &start_arguments(id, description, pids)).await {
-        Ok(()) => Ok(()),
-        Err(why) => call(bus, &attach_arguments(id, pids)).await.map_err(|_| why),
+async fn adopt_as(bus: Bus, id: &str, description: &str, pids: &[i32], limits: &HostLimits) -> Result<(), String> {
+    // Before version 253 a scope has no OOMPolicy, and systemd leaves the supervisor of a QEMU that was killed alone.
+    let mut refused = String::new();
+    for properties in [limit_properties(limits, true), limit_properties(limits, false)] {
+        match call(bus, &start_arguments(id, description, pids, &properties)).await {
+            Ok(()) => return Ok(()),
+            Err(why) => refused = why,
+        }
     }
+    call(bus, &attach_arguments(id, pids)).await.map_err(|_| refused)
 }
 
-fn start_arguments(id: &str, description: &str, pids: &[i32]) -> Vec<String> {
-    let mut arguments =
-        vec!["StartTransientUnit".into(), "ssa(sv)a(sa(sv))".into(), unit(id), "fail".into(), "4".into()];
+/// Limits as properties of a unit: name, type and value of each.
+fn limit_properties(limits: &HostLimits, keeps_supervisor: bool) -> Vec<[String; 3]> {
+    let number = |name: &str, value: u64| [name.into(), "t".into(), value.to_string()];
+    let memory = limits.memory_bytes.map(|bytes| number("MemoryMax", bytes));
+    let processes = limits.processes.map(|processes| number("TasksMax", processes));
+    let cpu = limits.cpu_percent.map(|percent| number("CPUQuotaPerSecUSec", percent * 10_000));
+    // Otherwise systemd ends the supervisor, too, when the kernel kills QEMU.
+    let policy = (keeps_supervisor && memory.is_some()).then(|| ["OOMPolicy", "s", "continue"].map(String::from));
+    memory.into_iter().chain(processes).chain(cpu).chain(policy).collect()
+}
+
+fn start_arguments(id: &str, description: &str, pids: &[i32], limits: &[[String; 3]]) -> Vec<String> {
+    let count = (4 + limits.len()).to_string();
+    let mut arguments = vec!["StartTransientUnit".into(), "ssa(sv)a(sa(sv))".into(), unit(id), "fail".into(), count];
     arguments.extend(["Description", "s", description].map(String::from));
     arguments.extend(["CollectMode", "s", "inactive-or-failed"].map(String::from));
     arguments.extend(["TimeoutStopUSec", "t", &STOP_TIMEOUT_US.to_string()].map(String::from));
+    arguments.extend(limits.iter().flatten().cloned());
     arguments.extend(["PIDs", "au", &pids.len().to_string()].map(String::from));
     arguments.extend(pids.iter().map(i32::to_string));
     arguments.push("0".into());
@@ -172,13 +190,24 @@ mod tests {
 
     #[test]
     fn a_scope_request_has_systemds_format() {
-        let words = start_arguments("00ff", "nido VM web", &[7, 8]).join(" ");
+        let words = start_arguments("00ff", "nido VM web", &[7, 8], &[]).join(" ");
         assert_eq!(
             words,
             "StartTransientUnit ssa(sv)a(sa(sv)) nido-00ff.scope fail 4 Description s nido VM web CollectMode s \
              inactive-or-failed TimeoutStopUSec t 60000000 PIDs au 2 7 8 0"
         );
         assert_eq!(attach_arguments("00ff", &[9]), ["AttachProcessesToUnit", "ssau", "nido-00ff.scope", "", "1", "9"]);
+    }
+
+    #[test]
+    fn limits_are_properties_of_the_scope() {
+        let limits = HostLimits { memory_bytes: Some(5), processes: Some(6), cpu_percent: Some(150) };
+        let words = start_arguments("00ff", "VM", &[7], &limit_properties(&limits, true)).join(" ");
+        assert!(words.starts_with("StartTransientUnit ssa(sv)a(sa(sv)) nido-00ff.scope fail 8 "), "{words}");
+        let properties = "MemoryMax t 5 TasksMax t 6 CPUQuotaPerSecUSec t 1500000 OOMPolicy s continue PIDs au 1 7 0";
+        assert!(words.ends_with(properties), "{words}");
+        assert_eq!(limit_properties(&limits, false).len(), 3);
+        assert!(limit_properties(&HostLimits::default(), true).is_empty());
     }
 
     /// A restart of the unit that runs `nido api-server` killed every VM, without a warning.

@@ -42,6 +42,13 @@ fn host(kvm: KvmVerdict) -> HostFacts {
     }
 }
 
+/// A machine of that size.
+pub fn machine_of(memory_mib: u32, cpus: u32, tb_size_mib: Option<u32>) -> Machine {
+    let request = MachineRequest { accel: AccelChoice::Tcg, ..request() };
+    let machine = decide(&request, &host(KvmVerdict::Absent), &qemu_facts()).unwrap();
+    Machine { memory_mib, cpus, tb_size_mib, ..machine }
+}
+
 fn request() -> MachineRequest {
     MachineRequest {
         cpus: 1,

@@ -67,6 +67,8 @@ pub struct Disk {
     pub bases: Vec<OsString>,
     /// Nothing of it needs to survive a crash of the host: flushes are skipped.
     pub ephemeral: bool,
+    /// It has a quota: a write that does not fit is an error for the guest, not a reason to pause it.
+    pub has_quota: bool,
 }
 
 /// Some arguments that belong together.
@@ -102,6 +104,8 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
 pub const NET: &str = "net";
 /// A disk of the host's that fails, or is full, pauses the guest: nothing is lost, and it can resume.
 const ON_IO_ERROR: &str = ",werror=stop,rerror=stop";
+/// The same for a disk with a quota: a full disk of the host's pauses the guest, another error of a write is the guest's.
+const ON_IO_ERROR_WITH_QUOTA: &str = ",werror=enospc,rerror=stop";
 
 /// The arguments of all parts, one after the other.
 #[must_use]
@@ -262,7 +266,8 @@ fn channel(machine: &Machine, files: &Files) -> Part {
 
 fn disk(machine: &Machine, disk: &Disk) -> Part {
     let flush = if disk.ephemeral { ",cache.no-flush=on" } else { "" };
-    let device = format!("{},drive=disk{ON_IO_ERROR}", virtio(machine, "virtio-blk"));
+    let on_error = if disk.has_quota { ON_IO_ERROR_WITH_QUOTA } else { ON_IO_ERROR };
+    let device = format!("{},drive=disk{on_error}", virtio(machine, "virtio-blk"));
     let mut args: Vec<OsString> = Vec::new();
     let mut below = String::new();
     for (number, base) in disk.bases.iter().enumerate() {

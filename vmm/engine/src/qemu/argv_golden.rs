@@ -21,6 +21,7 @@ fn files(ephemeral: bool) -> Files {
         disk: Disk {
             overlay: "disk.qcow2".into(),
             bases: vec!["/home/ada/nido, mine/blobs/sha256/cc".into()],
+            has_quota: false,
             ephemeral,
         },
         monitor_socket: "qmp.sock".into(),
@@ -201,4 +202,14 @@ fn the_device_digest_covers_devices_but_not_the_address() {
     assert_ne!(devices(&here), devices(&of(MachineChoice::Pc, VsockVerdict::Usable)));
     assert_ne!(devices(&here), devices(&Machine { net: NetChoice::None, ..here.clone() }));
     assert_eq!(devices(&here), devices(&Machine { net: NetChoice::Restricted, ..here.clone() }));
+}
+
+#[test]
+fn a_disk_with_a_quota_reports_errors_of_writes_to_the_guest() {
+    let (_, machine) = every_machine().remove(0);
+    let mut files = files(false);
+    let has = |files: &Files, word| flatten(parts(&machine, files)).iter().any(|a| a.to_str().unwrap().contains(word));
+    assert!(has(&files, ",werror=stop"));
+    files.disk.has_quota = true;
+    assert!(has(&files, ",werror=enospc") && !has(&files, ",werror=stop"));
 }

@@ -36,6 +36,8 @@ pub struct Launch<'a> {
     pub lock: &'a File,
     /// What it may do on the host. Without one it may do what its user may, but gain no privileges.
     pub confinement: Option<Confinement>,
+    /// How long a file that it writes may become; a write behind that fails.
+    pub file_bytes: Option<u64>,
 }
 
 /// How QEMU ended.
@@ -74,9 +76,9 @@ impl QemuProcess {
             .stdin(Stdio::null())
             .stdout(launch.log.try_clone()?)
             .stderr(launch.log);
-        let mut confinement = launch.confinement;
+        let (mut confinement, file_bytes) = (launch.confinement, launch.file_bytes);
         // SAFETY: `prepare` makes system calls only; it neither allocates nor locks.
-        unsafe { command.pre_exec(move || prepare(lock_fd, confinement.as_mut())) };
+        unsafe { command.pre_exec(move || prepare(lock_fd, confinement.as_mut(), file_bytes)) };
         let mut child = command.spawn().map_err(explained)?;
         let pid = Pid::from_child(&child);
         // The child is not waited for yet, so its number cannot belong to another process.
@@ -185,7 +187,7 @@ pub fn peer_pid(socket: impl AsFd) -> io::Result<Pid> {
 }
 
 /// What happens in the child between fork and exec: system calls and nothing else.
-fn prepare(lock_fd: RawFd, confinement: Option<&mut Confinement>) -> io::Result<()> {
+fn prepare(lock_fd: RawFd, confinement: Option<&mut Confinement>, file_bytes: Option<u64>) -> io::Result<()> {
     let done = |result: libc::c_int| if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     reset_signals();
@@ -193,6 +195,12 @@ fn prepare(lock_fd: RawFd, confinement: Option<&mut Confinement>) -> io::Result<
     unsafe {
         done(libc::setsid())?;
         done(libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core))?;
+        if let Some(bytes) = file_bytes {
+            // The signal's default ends the process; ignored, the write fails.
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+            done(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit))?;
+        }
         done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         // The directories of a new root must be usable.
         libc::umask(0o022);
@@ -232,6 +240,7 @@ mod tests {
             log,
             lock: lock.file(),
             confinement: None,
+            file_bytes: None,
         })
         .unwrap()
     }
@@ -294,6 +303,29 @@ mod tests {
         assert_eq!(process.exited(), Some(QemuExit::Signal(9)));
         assert!(is_freed(&dir.path().join("vm.lock")).await);
         process.kill().unwrap();
+    }
+
+    /// A file that grew behind its limit would end QEMU by SIGXFSZ.
+    #[tokio::test]
+    async fn a_write_behind_the_limit_of_files_fails_and_the_process_continues() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = HeldLock::try_take(&dir.path().join("vm.lock")).unwrap().unwrap();
+        let log = OpenOptions::new().append(true).create(true).open(dir.path().join("qemu.log")).unwrap();
+        let script = "dd if=/dev/zero of=disk bs=1024 count=100; echo dd: $?; ulimit -f";
+        let process = QemuProcess::spawn(Launch {
+            program: "/bin/sh".as_ref(),
+            args: &["-c".into(), script.into()],
+            vm_dir: dir.path(),
+            log,
+            lock: lock.file(),
+            confinement: None,
+            file_bytes: Some(8 << 10),
+        })
+        .unwrap();
+        assert_eq!(ended(&process).await, QemuExit::Code(0));
+        let log = std::fs::read_to_string(dir.path().join("qemu.log")).unwrap();
+        assert!(log.contains("dd: 1"), "{log}");
+        assert_eq!(std::fs::metadata(dir.path().join("disk")).unwrap().len(), 8 << 10);
     }
 
     #[test]

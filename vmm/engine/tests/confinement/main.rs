@@ -89,6 +89,7 @@ impl Host {
             log,
             lock: lock.file(),
             confinement,
+            file_bytes: None,
         });
         let exit = tokio::time::timeout(Duration::from_secs(60), process.unwrap().wait()).await.unwrap().unwrap();
         let log = fs::read_to_string(log_path).unwrap();
@@ -247,7 +248,15 @@ async fn qemu_does_not_start_without_a_promised_layer() {
     let lock = HeldLock::try_take(&host.vm().join("vm.lock")).unwrap().unwrap();
     let log = File::create(host.vm().join("qemu.log")).unwrap();
     let (program, vm_dir) = (Path::new("/bin/true"), host.vm());
-    let launch = Launch { program, args: &[], vm_dir: &vm_dir, log, lock: lock.file(), confinement: Some(confinement) };
+    let launch = Launch {
+        program,
+        args: &[],
+        vm_dir: &vm_dir,
+        log,
+        lock: lock.file(),
+        confinement: Some(confinement),
+        file_bytes: None,
+    };
     let error = QemuProcess::spawn(launch).unwrap_err().to_string();
     assert!(error.contains("the root directory cannot be mounted: No such file"), "{error}");
 }

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nido_api::error::{Code, Error, Hint, Result};
@@ -99,10 +99,14 @@ impl Preparation {
     /// Saving reads all of the guest's memory. In a memory file system a hole of the image takes space when it is read; QEMU is
     /// killed by SIGBUS if no space is left.
     fn holes(&self) -> u64 {
-        let in_memory = rustix::fs::statfs(self.dir.path().as_os_str()).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC);
-        match self.image.as_ref().filter(|_| in_memory).and_then(|image| fs::metadata(image).ok()) {
+        match self.image.as_ref().filter(|_| is_in_memory(self.dir.path())).and_then(|image| fs::metadata(image).ok()) {
             Some(facts) => facts.len().saturating_sub(facts.blocks() * 512),
             None => 0,
         }
     }
+}
+
+/// Whether files in this directory are memory of the host.
+pub(crate) fn is_in_memory(dir: &Path) -> bool {
+    rustix::fs::statfs(dir).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC)
 }

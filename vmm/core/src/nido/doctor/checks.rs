@@ -189,8 +189,16 @@ pub(super) fn check_nesting(host: &HostFacts) -> DoctorCheck {
 pub(super) fn check_unit() -> DoctorCheck {
     match (scope::ties_here(), scope::bus()) {
         (Some((why, hint)), _) => check("systemd unit", CheckStatus::Warning, why).hint(hint),
-        (None, Some(_)) => check("systemd unit", CheckStatus::Ok, "each running VM gets a systemd scope of its own"),
-        (None, None) => check("systemd unit", CheckStatus::Ok, "VMs outlive the process that starts them"),
+        (None, Some(_)) => check(
+            "systemd unit",
+            CheckStatus::Ok,
+            "each running VM gets a systemd scope of its own, with limits of memory, processes and CPU",
+        ),
+        (None, None) => check(
+            "systemd unit",
+            CheckStatus::Ok,
+            "VMs outlive the process that starts them; without systemd they have no limits of memory, processes and CPU on the host",
+        ),
     }
 }
 
