@@ -1,4 +1,4 @@
-//! A guest that sends frames of its own making, and more of them than anybody could use.
+//! A guest that sends frames of its own making, and floods its network.
 
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream, UdpSocket};
@@ -170,7 +170,7 @@ print(count)
 fn a_published_port_is_no_way_out() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "restricted"]);
-    // A server of the guest's that connects back to whoever comes, on the port that is published.
+    // A server of the guest's that is published on a port of the host.
     let server = "import socket; s = socket.create_server(('127.0.0.1', 8000)); open('/run/ready', 'w')\n\
                   while True: s.accept()[0].sendall(b'in\\n')";
     vm.exec(["sh", "-c", "nohup python3 -c \"$0\" >/dev/null 2>&1 &", server]).ok();

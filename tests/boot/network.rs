@@ -269,7 +269,7 @@ fn a_supervisor_that_is_suspended_or_killed_keeps_no_guest_from_running() {
         vm.exec(["sh", "-c", "nohup python3 -c \"$0\" >/dev/null 2>&1 &", &load]).ok();
     }
     eventually("traffic", || (vm.info()["network"]["sent_bytes"].as_u64()? > 1 << 20).then_some(()));
-    // What QEMU prints on the console shows that the guest goes on while nobody takes its frames.
+    // What QEMU prints on the console shows that the guest keeps running while nobody takes its frames.
     vm.sh("nohup sh -c 'while sleep 0.1; do echo tick > /dev/console; done' >/dev/null 2>&1 &").ok();
     let console = vm.dir().join("console.log");
     let ticks = || std::fs::read_to_string(&console).map_or(0, |text| text.matches("tick").count());

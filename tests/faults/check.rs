@@ -38,7 +38,7 @@ const HOME_FILES: [&str; 22] = [
     "guardian.lock",
 ];
 /// The files in the directory of a stopped VM. Sockets of a supervisor that was killed may.
-const VM_FILES: [&str; 16] = [
+const VM_FILES: [&str; 17] = [
     "vm.json",
     "supervisor.lock",
     "vm.lock",
@@ -55,6 +55,7 @@ const VM_FILES: [&str; 16] = [
     "supervisor.log",
     "supervisor.log.1",
     "unwritten.json",
+    "names.json",
 ];
 
 fn rows(rig: &Rig) -> Vec<VmRow> {

@@ -134,7 +134,7 @@ impl Args {
         };
         let settings = start.settings()?;
         match start.transport {
-            Transport::Stdio => start.stdio(cx, settings).await,
+            Transport::Stdio => Box::pin(start.stdio(cx, settings)).await,
             Transport::Http => start.http(cx, settings).await,
         }
     }

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{NetChoice, Timings};
-use crate::egress::{Denial, EgressRule};
+use crate::egress::{Denial, EgressRule, PresetRules};
 use crate::error::{Code, Error};
 use crate::limit_hit::{LimitHit, LimitKind};
 use crate::name::{SnapshotName, TemplateName, VmName};
@@ -212,8 +212,11 @@ pub struct VmSource {
     pub parts: BTreeMap<String, String>,
     /// The network.
     pub net: NetChoice,
-    /// The rules of the network `restricted`.
+    /// Its rules, without those of presets.
     pub allow: Vec<EgressRule>,
+    /// Its presets. Absent: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub presets: Vec<PresetRules>,
 }
 
 /// A limit on the life of a VM.

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{AuditLog, NetChoice};
-use crate::egress::EgressRule;
+use crate::egress::AllowEntry;
 use crate::name::{SnapshotName, TemplateName, VmName};
 
 /// What the audit logs hold about one VM, signed.
@@ -79,8 +79,8 @@ pub struct ReceiptNetwork {
     pub seq: u64,
     /// The network.
     pub net: NetChoice,
-    /// The rules.
-    pub allow: Vec<EgressRule>,
+    /// The rules, and the presets by name. The rules of a preset are in the event of the creation.
+    pub allow: Vec<AllowEntry>,
 }
 
 /// A snapshot.

@@ -67,7 +67,7 @@ impl DiskUsage {
     ///
     /// # Errors
     /// `limit_exceeded`
-    pub fn check_snapshot(self, quota: u64, vm: &str, needed: u64) -> std::result::Result<(), (Error, LimitHit)> {
+    pub fn check_snapshot(self, quota: u64, vm: &str, needed: u64) -> std::result::Result<(), Box<(Error, LimitHit)>> {
         if self.total().saturating_add(needed) <= quota {
             return Ok(());
         }
@@ -79,7 +79,7 @@ impl DiskUsage {
         );
         let hint = Hint::run_on(op::VM_SNAPSHOT_DELETE, vm).to("make room");
         let hit = self.hit(quota, "a snapshot was refused: it does not fit into the VM's disk quota");
-        Err((Error::new(Code::LimitExceeded, words).hint(hint), hit.with("needed_bytes", needed)))
+        Err(Box::new((Error::new(Code::LimitExceeded, words).hint(hint), hit.with("needed_bytes", needed))))
     }
 
     fn hit(self, quota: u64, message: &str) -> LimitHit {
@@ -135,13 +135,14 @@ mod tests {
     fn a_snapshot_that_does_not_fit_is_refused_with_evidence() {
         let usage = DiskUsage { layer: 10 * MIB, others: 30 * MIB };
         assert!(usage.check_snapshot(100 * MIB, "web", 60 * MIB).is_ok());
-        let (error, hit) = usage.check_snapshot(100 * MIB, "web", 60 * MIB + 1).unwrap_err();
+        let (error, hit) = *usage.check_snapshot(100 * MIB, "web", 60 * MIB + 1).unwrap_err();
         assert_eq!((error.code(), hit.evidence["needed_bytes"]), (Code::LimitExceeded, 60 * MIB + 1));
     }
 
     #[test]
     fn all_files_of_the_directory_count() {
         let root = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(root.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let dir = crate::home::Home::open(root.path()).unwrap().vm("1");
         std::fs::create_dir_all(dir.path().join("snapshots/a")).unwrap();
         std::fs::write(dir.file(DISK), [0; 100]).unwrap();

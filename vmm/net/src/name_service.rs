@@ -101,7 +101,9 @@ async fn respond_within(shared: &Shared, message: &[u8], limit: Option<usize>) -
         Kind::Other(_) => admit(shared, &query.name).map_or_else(|answer| answer, |_| Answer::Addresses(Vec::new())),
     };
     Some(match answer {
-        Answer::Addresses(addresses) if !matches!(query.kind, Kind::Other(_)) => dns::answer(&query, &addresses, TTL, limit),
+        Answer::Addresses(addresses) if !matches!(query.kind, Kind::Other(_)) => {
+            dns::answer(&query, &addresses, TTL, limit)
+        }
         Answer::Addresses(_) => dns::empty(&query),
         Answer::Unknown => dns::refuse(&query, None),
         Answer::Refused => dns::refuse(&query, Some(NO_RULE)),

@@ -131,7 +131,7 @@ impl Pins {
         let records = |address: &IpAddr| {
             let address = *address;
             let pins = self.entries.get(&address).map_or(&[][..], |entry| &entry.pins);
-            pins.iter().map(move |pin| {
+            pins.iter().rev().map(move |pin| {
                 let remaining = pin.expires.saturating_duration_since(now);
                 let expired = now.saturating_duration_since(pin.expires);
                 let age = PIN_LIFETIME.saturating_sub(remaining).saturating_add(expired);

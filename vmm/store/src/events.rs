@@ -35,7 +35,8 @@ pub(super) fn of_vm(row: &VmRow) -> EventDetails {
 
 /// The details of a VM's creation.
 pub(super) fn of_creation(row: &VmRow) -> EventDetails {
-    let source = VmSource { parts: row.named_parts(), net: row.spec.net, allow: row.spec.allow.clone() };
+    let (allow, presets) = (row.spec.allow.clone(), row.spec.presets.clone());
+    let source = VmSource { parts: row.named_parts(), net: row.spec.net, allow, presets };
     EventDetails { source: Some(source), ..of_vm(row) }
 }
 

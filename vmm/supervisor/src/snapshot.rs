@@ -111,7 +111,8 @@ impl Supervisor {
         let Some(quota) = self.disk_quota() else { return Ok(()) };
         let usage = DiskUsage::of(&self.dir).map_err(|e| Error::io("cannot read the VM's directory", e))?;
         let needed = (u64::from(self.machine.memory_mib) << 20) + usage.layer;
-        usage.check_snapshot(quota, self.row.spec.name.as_str(), needed).map_err(|(error, hit)| {
+        usage.check_snapshot(quota, self.row.spec.name.as_str(), needed).map_err(|refused| {
+            let (error, hit) = *refused;
             self.on_limit_hit(hit);
             error
         })

@@ -61,7 +61,8 @@ impl Nido {
     fn check_snapshot_quota(&self, row: &VmRow, dir: &VmDir) -> Result<()> {
         let Some(quota) = row.spec.disk_quota_bytes else { return Ok(()) };
         let usage = DiskUsage::of(dir).map_err(|e| Error::io("cannot read the VM's directory", e))?;
-        let Err((error, hit)) = usage.check_snapshot(quota, row.spec.name.as_str(), usage.layer) else { return Ok(()) };
+        let Err(refused) = usage.check_snapshot(quota, row.spec.name.as_str(), usage.layer) else { return Ok(()) };
+        let (error, hit) = *refused;
         self.store()
             .transition(&row.id, &Transition::LimitHit(Box::new(hit)))?
             .log(&row.id, "a limit that was reached");

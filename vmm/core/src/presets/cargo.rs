@@ -100,7 +100,7 @@ fn registry(index: &str, origin: &str, found: &mut Found) {
     match index.contains("crates.io") {
         true => found.defaults(&[DOWNLOADS]),
         false => {
-            found.warn(format!("a registry in {origin} may keep its crates on another server: add a rule for that"))
+            found.warn(format!("a registry in {origin} may keep its crates on another server: add a rule for that"));
         }
     }
 }

@@ -19,7 +19,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use nido_api::egress::effective_rules;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::operation as op;
 use nido_api::{AllowEntry, EGRESS_RULES_MAX, PresetInfo, PresetList, PresetName, PresetRules};
 
 use self::file::{PresetFile, parse};
@@ -150,7 +151,8 @@ fn unknown(name: &PresetName, known: &[PresetInfo]) -> Error {
     near.sort();
     let near: Vec<_> = near.iter().take(SUGGESTED).map(|(_, name)| name.to_string()).collect();
     Error::new(Code::SpecInvalid, format!("there is no preset '{name}'"))
-        .hint(format!("the nearest are {}; nido net presets lists all", near.join(", ")))
+        .hint(format!("the nearest are {}", near.join(", ")))
+        .or_hint(Hint::run(op::NET_PRESETS).to("list all"))
 }
 
 /// How many letters have to be inserted, removed or replaced.

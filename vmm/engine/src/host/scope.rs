@@ -72,13 +72,24 @@ pub async fn adopt_helper(bus: Bus, id: &str, description: &str) -> Result<(), S
 async fn adopt_as(bus: Bus, id: &str, description: &str, pids: &[i32], limits: &HostLimits) -> Result<(), String> {
     // Before version 253 a scope has no OOMPolicy, and systemd leaves the supervisor of a QEMU that was killed alone.
     let mut refused = String::new();
-    for properties in [limit_properties(limits, true), limit_properties(limits, false)] {
+    for properties in attempts(limits) {
         match call(bus, &start_arguments(id, description, pids, &properties)).await {
+            Ok(()) if properties.is_empty() && !refused.is_empty() => {
+                tracing::warn!("systemd refuses the VM's limits on the host, so none is in force: {refused}");
+                return Ok(());
+            }
             Ok(()) => return Ok(()),
             Err(why) => refused = why,
         }
     }
     call(bus, &attach_arguments(id, pids)).await.map_err(|_| refused)
+}
+
+/// The properties to try, one after the other: a scope without limits is better than none, which would end with its starter.
+fn attempts(limits: &HostLimits) -> Vec<Vec<[String; 3]>> {
+    let mut attempts = vec![limit_properties(limits, true), limit_properties(limits, false), Vec::new()];
+    attempts.dedup();
+    attempts
 }
 
 /// Limits as properties of a unit: name, type and value of each.
@@ -207,6 +218,8 @@ mod tests {
         let properties = "MemoryMax t 5 TasksMax t 6 CPUQuotaPerSecUSec t 1500000 OOMPolicy s continue PIDs au 1 7 0";
         assert!(words.ends_with(properties), "{words}");
         assert_eq!(limit_properties(&limits, false).len(), 3);
+        assert_eq!(attempts(&limits).iter().map(Vec::len).collect::<Vec<_>>(), [4, 3, 0]);
+        assert_eq!(attempts(&HostLimits::default()).len(), 1);
         assert!(limit_properties(&HostLimits::default(), true).is_empty());
     }
 

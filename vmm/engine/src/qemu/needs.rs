@@ -46,7 +46,12 @@ mod tests {
     fn of_the_vms_directory_qemu_uses_single_files_and_the_directory_of_its_sockets() {
         let machine = crate::qemu::argv_golden::microvm();
         let files = Files {
-            disk: Disk { overlay: "disk.qcow2".into(), bases: vec!["/blobs/root".into()], ephemeral: false },
+            disk: Disk {
+                overlay: "disk.qcow2".into(),
+                bases: vec!["/blobs/root".into()],
+                ephemeral: false,
+                has_quota: false,
+            },
             console_log: "console.log".into(),
             guest_config: "guest.cbor".into(),
             kernel: "/blobs/kernel".into(),

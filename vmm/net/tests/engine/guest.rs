@@ -147,7 +147,9 @@ impl Guest {
     }
 
     /// Frees a connection that is closed.
-    pub fn forget(&mut self, handle: SocketHandle) {
+    pub fn release_socket(&mut self, handle: SocketHandle) {
+        // Its last acknowledgement is still to be sent.
+        self.poll();
         self.sockets.remove(handle);
     }
 

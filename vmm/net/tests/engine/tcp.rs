@@ -148,7 +148,7 @@ fn connections_one_after_the_other_leave_nothing() {
         guest.socket(socket).close();
         assert_eq!(guest.receive_all(socket), [number as u8]);
         guest.closed(socket);
-        guest.forget(socket);
+        guest.release_socket(socket);
     }
     server.thread.join().unwrap();
     guest.quiet();

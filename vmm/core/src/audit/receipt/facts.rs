@@ -1,7 +1,7 @@
 //! What the lines about a VM state about it. Pure.
 
 use nido_api::name::VmName;
-use nido_api::{AuditLog, EgressRule, EventKind, ReceiptNetwork, ReceiptVm, RuleChange, VmSource};
+use nido_api::{AllowEntry, AuditLog, EventKind, ReceiptNetwork, ReceiptVm, VmSource};
 use serde_json::Value;
 
 use super::super::event_record::EventParams;
@@ -39,7 +39,9 @@ impl Facts {
         let tool = &line.record.tool;
         if *tool == EventKind::VmCreated.word().as_bytes() && self.vm.created_at.is_none() {
             self.vm.created_at = Some(params.at);
-            let Some(VmSource { parts, net, allow }) = params.details.source else { return };
+            let Some(VmSource { parts, net, allow, presets }) = params.details.source else { return };
+            let presets = presets.into_iter().map(|preset| AllowEntry::Preset(preset.preset));
+            let allow = allow.into_iter().map(AllowEntry::Rule).chain(presets).collect();
             self.vm.parts = parts;
             let (log, seq) = (AuditLog::Events, line.record.seq);
             self.network.push(ReceiptNetwork { since: params.at, log, seq, net, allow });
@@ -58,26 +60,32 @@ impl Facts {
         let Some(change) = change_of(&record.tool, &record.params) else { return };
         let mut allow = before.allow.clone();
         match change {
-            RuleChange::Allow(rules) => allow.extend(rules.into_iter().filter(|rule| !before.allow.contains(rule))),
-            RuleChange::Deny(rules) => allow.retain(|rule| !rules.contains(rule)),
+            Change::Allow(added) => allow.extend(added.into_iter().filter(|entry| !before.allow.contains(entry))),
+            Change::Deny(removed) => allow.retain(|entry| !removed.contains(entry)),
         }
         let net = before.net;
         self.network.push(ReceiptNetwork { since: record.time, log: AuditLog::Acts, seq: record.seq, net, allow });
     }
 }
 
+/// A change of rules, as a line states it.
+enum Change {
+    Allow(Vec<AllowEntry>),
+    Deny(Vec<AllowEntry>),
+}
+
 /// The change that a line requests. Front ends name the rules `allow`, `rules` and `rule`.
-fn change_of(tool: &[u8], params: &[u8]) -> Option<RuleChange> {
+fn change_of(tool: &[u8], params: &[u8]) -> Option<Change> {
     let params: Value = serde_json::from_slice(params).ok()?;
     let of = |key: &str| match params.get(key) {
         Some(Value::Array(rules)) => rules.iter().filter_map(|rule| rule.as_str()?.parse().ok()).collect(),
         Some(Value::String(rule)) => rule.parse().into_iter().collect(),
-        _ => Vec::<EgressRule>::new(),
+        _ => Vec::<AllowEntry>::new(),
     };
     let rules: Vec<_> = ["allow", "rules", "rule"].into_iter().flat_map(of).collect();
     match tool {
-        b"net_allow" => Some(RuleChange::Allow(rules)),
-        b"net_deny" => Some(RuleChange::Deny(rules)),
+        b"net_allow" => Some(Change::Allow(rules)),
+        b"net_deny" => Some(Change::Deny(rules)),
         _ => None,
     }
 }

@@ -1,6 +1,8 @@
 use nido_api::error::Code;
 use nido_api::state::VmState;
-use nido_api::{AuditFilter, AuditLog, Caller, EgressRule, NetChoice, ReceiptLine, ReceiptVerdict, VmSpec, names_vm};
+use nido_api::{
+    AllowEntry, AuditFilter, AuditLog, Caller, EgressRule, NetChoice, ReceiptLine, ReceiptVerdict, VmSpec, names_vm,
+};
 use nido_store::{Purpose, VmRow};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -106,7 +108,10 @@ fn a_receipt_has_the_lines_of_its_vm_and_hashes_of_the_others() {
     assert!(vm.created_at.is_some() && vm.deleted_at.is_some());
     let networks: Vec<_> = first.network.iter().map(|one| (one.net, one.allow.clone())).collect();
     let expected = [&["example.com"][..], &["example.com", "host:80"], &["host:80"]];
-    assert_eq!(networks, expected.map(|allow| (NetChoice::Restricted, rules(allow))));
+    assert_eq!(
+        networks,
+        expected.map(|allow| (NetChoice::Restricted, rules(allow).into_iter().map(AllowEntry::Rule).collect()))
+    );
     let verdict = verified(&first).unwrap();
     // Of the first VM: eight lines of writes, and its creation and deletion.
     assert_eq!((verdict.lines, verdict.unlinked, verdict.trusted_key), (10, 0, false));
