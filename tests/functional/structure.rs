@@ -35,7 +35,7 @@ const OWNERS: [(&str, &[&str]); 11] = [
     ("axum", &["nido-server"]),
     ("clap", &["nido"]),
     ("getrandom", &["nido-files", "nido-guest-agent"]),
-    ("hyper", &["nido-server"]),
+    ("hyper", &["nido-net", "nido-server"]),
     ("kvm-ioctls", &["nido-engine"]),
     ("qapi", &["nido-engine", "nido-supervisor"]),
     ("reqwest", &["nido-core"]),

@@ -92,6 +92,12 @@ name_type!(
     "snapshot"
 );
 
+name_type!(
+    /// The name of a secret.
+    SecretName,
+    "secret"
+);
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -4,7 +4,9 @@
 //! guest's passes its gate unchecked.
 
 use std::future::{Future, poll_fn};
+use std::io;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -12,9 +14,11 @@ use nido_api::egress::DenialReason;
 use smoltcp::socket::tcp::State;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::task::spawn_local;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::gate::{Admission, Gate};
+use crate::intercept::Interception;
 use crate::peek::HELLO_MAX;
 use crate::resources::Reservation;
 use crate::shared::Shared;
@@ -25,27 +29,52 @@ use crate::tasks::{FlowKey, Packets};
 const PACKET_BURST: usize = 32;
 /// How many bytes wait for the gate.
 const PENDING_MAX: usize = HELLO_MAX;
+/// The buffer between a connection and the task that adds credentials, in bytes.
+const INTERCEPTION_BUFFER: usize = 32 << 10;
 /// How long the guest may take to send what the gate checks, once it has begun.
 const GATE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The host's end of a connection.
-pub trait HostEnd: AsyncRead + AsyncWrite + Unpin {
-    /// Ends it with a reset.
-    fn reset(self);
+#[derive(Debug)]
+pub enum HostEnd {
+    /// A connection of the host.
+    Tcp(TcpStream),
+    /// A task of the engine.
+    Task(DuplexStream),
 }
 
-impl HostEnd for TcpStream {
+impl HostEnd {
+    /// Ends it with a reset.
     fn reset(self) {
-        let _ = rustix::net::sockopt::set_socket_linger(&self, Some(Duration::ZERO));
+        if let Self::Tcp(stream) = self {
+            let _ = rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
+        }
+    }
+
+    fn poll_read(&mut self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Task(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+
+    fn poll_write(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Task(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_shutdown(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Task(stream) => Pin::new(stream).poll_shutdown(context),
+        }
     }
 }
 
-impl HostEnd for DuplexStream {
-    fn reset(self) {}
-}
-
 /// Accepts a connection whose first packet this is, and copies until it ends.
-pub async fn copy<H: HostEnd>(shared: &Shared, key: FlowKey, syn: Vec<u8>, packets: Packets, host: H, gate: Gate) {
+pub async fn copy(shared: &Rc<Shared>, key: FlowKey, syn: Vec<u8>, packets: Packets, host: HostEnd, gate: Gate) {
     let mut stack = Stack::new(key.remote);
     stack.receive(syn);
     let mut copy = Copy {
@@ -97,11 +126,11 @@ enum End {
     Refused(DenialReason, Option<String>),
 }
 
-struct Copy<'a, H> {
-    shared: &'a Shared,
+struct Copy<'a> {
+    shared: &'a Rc<Shared>,
     key: FlowKey,
     stack: Stack,
-    host: H,
+    host: HostEnd,
     packets: Packets,
     gate: Gate,
     /// What the guest has sent and the host has not got, while there is a gate.
@@ -118,7 +147,7 @@ struct Copy<'a, H> {
     received: bool,
 }
 
-impl<H: HostEnd> Copy<'_, H> {
+impl Copy<'_> {
     async fn run(&mut self) -> End {
         loop {
             self.stack.poll();
@@ -190,7 +219,7 @@ impl<H: HostEnd> Copy<'_, H> {
     fn send(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         while self.stack.can_receive() {
-            let host = Pin::new(&mut self.host);
+            let host = &mut self.host;
             let written = self.stack.take(|bytes| match host.poll_write(context, bytes) {
                 Poll::Ready(Ok(count)) => (count, Poll::Ready(Ok(count))),
                 other => (0, other),
@@ -210,7 +239,7 @@ impl<H: HostEnd> Copy<'_, H> {
         let mut moved = false;
         loop {
             while self.admitted > 0 {
-                match Pin::new(&mut self.host).poll_write(context, &self.pending[..self.admitted]) {
+                match self.host.poll_write(context, &self.pending[..self.admitted]) {
                     Poll::Ready(Ok(count)) => {
                         self.pending.drain(..count);
                         self.admitted -= count;
@@ -241,6 +270,10 @@ impl<H: HostEnd> Copy<'_, H> {
             let (shared, remote) = (self.shared, self.key.remote);
             match self.gate.admit(&self.pending, |name| shared.is_allowed(remote, name)) {
                 Admission::Pass(count) => (self.admitted, self.pending_since) = (count, None),
+                Admission::Named(name) => {
+                    self.intercept(&name);
+                    (self.admitted, self.pending_since) = (self.pending.len(), None);
+                }
                 Admission::Refused(reason, name) => return Err(End::Refused(reason, name)),
                 Admission::NeedMore => {
                     if !self.pending.is_empty() {
@@ -252,20 +285,35 @@ impl<H: HostEnd> Copy<'_, H> {
         }
     }
 
+    /// Puts the task that adds credentials between the guest and the host, if requests to this name get any.
+    fn intercept(&mut self, name: &str) {
+        let Some(credentials) = self.shared.credentials.clone().filter(|known| known.has_host(name)) else { return };
+        let (ours, theirs) = tokio::io::duplex(INTERCEPTION_BUFFER);
+        if let HostEnd::Tcp(stream) = std::mem::replace(&mut self.host, HostEnd::Task(ours)) {
+            let connection = Interception {
+                shared: Rc::clone(self.shared),
+                credentials,
+                remote: self.key.remote,
+                host: name.to_owned(),
+            };
+            spawn_local(connection.run(theirs, stream));
+        }
+    }
+
     /// Ends the direction to the host when the guest has ended it, and everything has passed.
     fn end_of_guest(&mut self, context: &mut Context<'_>) -> bool {
         let is_over = self.stack.is_received() && self.pending.is_empty() && self.stack.state() != State::Closed;
         if self.received || !is_over {
             return false;
         }
-        self.received = Pin::new(&mut self.host).poll_shutdown(context).is_ready();
+        self.received = self.host.poll_shutdown(context).is_ready();
         self.received
     }
 
     fn receive(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         while !self.sent && self.stack.can_send() && self.memory.allows(self.stack.queued()) {
-            let host = Pin::new(&mut self.host);
+            let host = &mut self.host;
             let read = self.stack.fill(|room| {
                 let mut buffer = ReadBuf::new(room);
                 match host.poll_read(context, &mut buffer) {

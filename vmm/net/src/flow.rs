@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
-use crate::copy::copy;
+use crate::copy::{HostEnd, copy};
 use crate::frame::parse_packet;
 use crate::gate::Gate;
 use crate::name_service;
@@ -53,6 +53,7 @@ pub enum Target {
 /// Carries a connection from its first frame to its end.
 pub async fn run(shared: Rc<Shared>, key: FlowKey, target: Target, syn: Vec<u8>, mut packets: Packets) {
     let (addresses, gate) = match target {
+        Target::Address(address) if shared.watches(key.remote) => (vec![address], Gate::Watch),
         Target::Address(address) => (vec![address], Gate::Open),
         Target::HostNameServer => (resolver::servers_of_host(), Gate::Open),
         Target::ByName(address) => (vec![address], Gate::Unknown(key.remote.port())),
@@ -65,7 +66,7 @@ pub async fn run(shared: Rc<Shared>, key: FlowKey, target: Target, syn: Vec<u8>,
         Target::NameService => {
             let (ours, theirs) = tokio::io::duplex(NAME_SERVICE_BUFFER);
             spawn_local(name_service::serve(Rc::clone(&shared), theirs));
-            return copy(&shared, key, syn, packets, ours, Gate::Open).await;
+            return copy(&shared, key, syn, packets, HostEnd::Task(ours), Gate::Open).await;
         }
     };
     let connected = tokio::select! {
@@ -75,7 +76,7 @@ pub async fn run(shared: Rc<Shared>, key: FlowKey, target: Target, syn: Vec<u8>,
     match connected {
         Ok(Ok(stream)) => {
             let _ = stream.set_nodelay(true);
-            copy(&shared, key, syn, packets, stream, gate).await;
+            copy(&shared, key, syn, packets, HostEnd::Tcp(stream), gate).await;
         }
         Ok(Err(error)) => answer(&shared, &syn, unreachable(&error)).await,
         Err(_) => answer(&shared, &syn, Some(Unreachable::Host)).await,

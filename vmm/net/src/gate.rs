@@ -12,7 +12,7 @@
 
 use nido_api::egress::DenialReason;
 
-use crate::peek::{Peek, RequestStream, Step, client_hello};
+use crate::peek::{ClientHello, Peek, RequestStream, Step, client_hello};
 
 const HTTP_PORT: u16 = 80;
 const HTTPS_PORT: u16 = 443;
@@ -28,6 +28,8 @@ pub enum Gate {
     Tls,
     /// Requests of HTTP.
     Http(RequestStream),
+    /// Everything passes; a handshake of TLS is looked at first, for the name that it has.
+    Watch,
     /// Everything passes.
     Open,
 }
@@ -37,6 +39,8 @@ pub enum Gate {
 pub enum Admission {
     /// So many of them pass.
     Pass(usize),
+    /// All of them pass: they begin a connection of TLS to this name.
+    Named(String),
     /// The check needs more of them.
     NeedMore,
     /// The connection is refused; the name that it was for.
@@ -62,6 +66,16 @@ impl Gate {
         }
         match self {
             Self::Unknown(_) | Self::Open => Admission::Pass(pending.len()),
+            Self::Watch if *first == HANDSHAKE && matches!(client_hello(pending), Peek::NeedMore) => {
+                Admission::NeedMore
+            }
+            Self::Watch => {
+                *self = Self::Open;
+                match (*first == HANDSHAKE).then(|| client_hello(pending)) {
+                    Some(Peek::Done(ClientHello { server_name: Some(name), .. })) => Admission::Named(name),
+                    _ => Admission::Pass(pending.len()),
+                }
+            }
             Self::Tls => match client_hello(pending) {
                 Peek::NeedMore => Admission::NeedMore,
                 Peek::Invalid(_) => Admission::Refused(DenialReason::SniMismatch, None),
@@ -69,7 +83,7 @@ impl Gate {
                     None => Admission::Refused(DenialReason::SniMissing, None),
                     Some(name) if is_allowed(&name) => {
                         *self = Self::Open;
-                        Admission::Pass(pending.len())
+                        Admission::Named(name)
                     }
                     Some(name) => Admission::Refused(DenialReason::SniMismatch, Some(name)),
                 },
@@ -112,6 +126,16 @@ mod tests {
         assert!(matches!(Gate::Unknown(80).admit(b"SSH-2.0-x\r\n\r\n", |_| true), Admission::Refused(..)));
         let refused = Gate::Unknown(443).admit(b"SSH-2.0-x\r\n", |_| true);
         assert_eq!(refused, Admission::Refused(DenialReason::SniMissing, None));
+    }
+
+    #[test]
+    fn what_is_watched_passes_also_without_a_name() {
+        for bytes in [&b"SSH-2.0-x\r\n"[..], &[0x16, 3, 1, 0, 1, 9], &[0x16, 9]] {
+            let mut gate = Gate::Watch;
+            assert_eq!(gate.admit(bytes, |_| false), Admission::Pass(bytes.len()));
+            assert!(gate.is_open());
+        }
+        assert_eq!(Gate::Watch.admit(&[0x16, 3, 1], |_| false), Admission::NeedMore);
     }
 
     #[test]

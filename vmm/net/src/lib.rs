@@ -8,7 +8,9 @@
 //! Invariants: everything that comes from the guest is bounded before it is kept; nothing that it sends can end the process, or
 //! keep another VM's network from working; no rule, no connection.
 
+mod authority;
 mod copy;
+mod credentials;
 mod denials;
 mod dhcp;
 pub mod dns;
@@ -16,6 +18,7 @@ mod engine;
 mod flow;
 pub mod frame;
 mod gate;
+mod intercept;
 mod name_service;
 pub mod names;
 mod neighbor;
@@ -33,6 +36,8 @@ pub mod subnet;
 mod tasks;
 mod udp;
 
+pub use authority::Authority;
+pub use credentials::{Credentials, SecretSource};
 pub use network::Network;
 pub use policy::{Mode, Policy};
 pub use shared::{Limits, Report, Reports, Settings};

@@ -10,6 +10,7 @@ use nido_api::egress::{Denial, DenialReason, DeniedProtocol, DomainName, EgressR
 use tokio::sync::{Notify, mpsc};
 use tokio::time::sleep;
 
+use crate::credentials::Credentials;
 use crate::denials::{Denials, Refused};
 use crate::names::{NameBudget, PinRecord, Pins};
 use crate::packet;
@@ -20,6 +21,8 @@ use crate::tasks::{FlowKey, Tasks};
 
 /// How long after a change what the guest has resolved is sent.
 const PINS_DELAY: Duration = Duration::from_secs(1);
+/// The port of HTTP over TLS.
+const HTTPS_PORT: u16 = 443;
 
 /// What the guest may use at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,13 +54,16 @@ pub struct Settings {
     pub hosts: PathBuf,
     /// What the guest has resolved before, and how long ago that was exported.
     pub pins: (Vec<PinRecord>, Duration),
+    /// The secrets that requests get.
+    pub credentials: Option<Credentials>,
 }
 
 impl Settings {
     /// The usual limits, the host's usual file, and a guest that has resolved nothing.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
-        Self { policy, limits: Limits::default(), hosts: "/etc/hosts".into(), pins: Default::default() }
+        let (pins, hosts) = (Default::default(), "/etc/hosts".into());
+        Self { policy, limits: Limits::default(), hosts, pins, credentials: None }
     }
 }
 
@@ -148,6 +154,8 @@ pub struct Shared {
     pub questions: Rate,
     /// The host's own file of names.
     pub hosts: PathBuf,
+    /// The secrets that requests get.
+    pub credentials: Option<Rc<Credentials>>,
     policy: RefCell<Policy>,
     pins: RefCell<Pins>,
     pins_changed: Notify,
@@ -173,6 +181,7 @@ impl Shared {
             new_flows: Rate::new(limits.new_flows_per_second, now),
             questions: Rate::new(limits.questions_per_second, now),
             hosts: settings.hosts,
+            credentials: settings.credentials.map(Rc::new),
             policy: RefCell::new(settings.policy),
             pins: RefCell::new(pins),
             pins_changed: Notify::new(),
@@ -180,6 +189,11 @@ impl Shared {
             denials: RefCell::default(),
             reports,
         })
+    }
+
+    /// Whether the first bytes of a connection that needs no name are looked at all the same, because it may get a secret.
+    pub fn watches(&self, remote: SocketAddr) -> bool {
+        remote.port() == HTTPS_PORT && self.credentials.is_some()
     }
 
     /// Counts a refusal, and reports it if that is due.

@@ -30,6 +30,10 @@ pub enum DenialReason {
     HostMismatch,
     /// No rule allows this protocol.
     ProtocolNotAllowed,
+    /// The certificate of a server that would get a secret is not valid.
+    CertificateInvalid,
+    /// A secret that a request needs cannot be read.
+    SecretUnavailable,
     /// The VM has as many connections as it may have.
     ConnectionLimit,
     /// The VM opens connections, or asks for names, faster than it may.
@@ -49,6 +53,8 @@ impl DenialReason {
             Self::SniMissing => "sni_missing",
             Self::HostMismatch => "host_mismatch",
             Self::ProtocolNotAllowed => "protocol_not_allowed",
+            Self::CertificateInvalid => "certificate_invalid",
+            Self::SecretUnavailable => "secret_unavailable",
             Self::ConnectionLimit => "connection_limit",
             Self::RateLimit => "rate_limit",
         }
@@ -150,7 +156,10 @@ impl Denial {
     #[must_use]
     pub fn remedy(&self) -> Option<EgressRule> {
         use DenialReason as Why;
-        if matches!(self.reason, Why::ConnectionLimit | Why::RateLimit | Why::SniMissing) {
+        if matches!(
+            self.reason,
+            Why::ConnectionLimit | Why::RateLimit | Why::SniMissing | Why::CertificateInvalid | Why::SecretUnavailable
+        ) {
             return None;
         }
         let protocol = match self.protocol {
