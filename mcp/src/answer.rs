@@ -270,6 +270,7 @@ const fn next_step(code: Code) -> &'static str {
         Code::TemplateInUse
         | Code::ArchiveInvalid
         | Code::Unauthorized
+        | Code::SecretNotFound
         | Code::TokenNotFound
         | Code::TokenExists
         | Code::OperationNotFound

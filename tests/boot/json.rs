@@ -38,7 +38,8 @@ const VM_FIELDS: [&str; 30] = [
 ];
 
 /// Fields that are there only where they apply.
-const OPTIONAL_FIELDS: [&str; 6] = ["allow", "disk_quota_bytes", "host_limits", "limits_hit", "network", "presets"];
+const OPTIONAL_FIELDS: [&str; 7] =
+    ["allow", "disk_quota_bytes", "host_limits", "limits_hit", "network", "presets", "secrets"];
 
 #[track_caller]
 fn has(value: &Value, fields: &[&str]) {

@@ -18,8 +18,8 @@ Examples:
   nido events --since 1200 --json
 
 Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
-vm.limit_hit net.denied snapshot.created snapshot.restored template.created template.deleted. They are kept for 30 days,
-at most the last 100000. Each has a cursor; pass the last one as --since to continue after it.";
+vm.limit_hit net.denied secret.used snapshot.created snapshot.restored template.created template.deleted. They are kept
+for 30 days, at most the last 100000. Each has a cursor; pass the last one as --since to continue after it.";
 
 /// Show what happened to VMs, snapshots and templates
 #[derive(Debug, clap::Args)]

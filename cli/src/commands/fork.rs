@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use nido_api::name::VmName;
 use nido_api::operation as op;
+use nido_core::ForkSecrets;
 
 use super::Context;
 use super::vm_args::{paused, summarize};
@@ -29,6 +30,9 @@ pub struct Args {
     /// Names of the copies
     #[arg(required = true, value_name = "NEW")]
     copies: Vec<VmName>,
+    /// Let the copies use the secrets of the VM [default: none]
+    #[arg(long)]
+    secrets: bool,
 }
 
 impl Args {
@@ -37,9 +41,11 @@ impl Args {
         let forked = {
             let mut progress = Progress::new(&cx.output, self.name.as_str());
             let mut told = |_: &VmName, stage| progress.start(stage);
-            let arguments = serde_json::json!({ "name": self.name, "copies": self.copies });
+            let arguments = serde_json::json!({ "name": self.name, "copies": self.copies, "secrets": self.secrets });
             let grant = Context::grant();
-            let forked = until_signal(Duration::ZERO, nido.fork(&self.name, &self.copies, &grant, &mut told));
+            let secrets = if self.secrets { ForkSecrets::Same } else { ForkSecrets::None };
+            let forked = nido.fork_with(&self.name, &self.copies, secrets, &grant, &mut told);
+            let forked = until_signal(Duration::ZERO, forked);
             cx.audited(&nido, op::VM_FORK, arguments, forked).await?
         };
         forked.copies.iter().for_each(|copy| summarize(&cx.output, copy));

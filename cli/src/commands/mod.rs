@@ -36,6 +36,7 @@ mod restart;
 mod restart_by_policy;
 mod resume;
 mod run;
+mod secret;
 mod selection;
 mod shell;
 mod snapshot;
@@ -109,6 +110,7 @@ pub enum Verb {
     Pool(pool::Args),
     ApiServer(api_server::Args),
     McpServer(mcp_server::Args),
+    Secret(secret::Args),
     Token(token::Args),
     Audit(audit::Args),
     Approvals(approvals::Args),
@@ -187,6 +189,7 @@ impl Verb {
             Self::Pool(args) => Box::pin(args.run(cx)).await,
             Self::ApiServer(args) => Box::pin(args.run(cx)).await,
             Self::McpServer(args) => Box::pin(args.run(cx)).await,
+            Self::Secret(args) => args.run(cx).await,
             Self::Token(args) => args.run(cx).await,
             Self::Audit(args) => args.run(cx).await,
             Self::Approvals(args) => args.run(cx).await,

@@ -5,8 +5,8 @@ use nido_api::egress::split_entries;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
-    AccelChoice, AllowEntry, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest,
-    VmInfo, VmSpec,
+    AccelChoice, AllowEntry, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, SecretUse, StartPath,
+    StartRequest, VmInfo, VmSpec,
 };
 
 use crate::output::Output;
@@ -32,6 +32,10 @@ pub struct VmArgs {
     /// preset, see nido net presets); may be repeated [default ports: 80,443]
     #[arg(long, value_name = "TARGET[:PORTS][/udp]|@PRESET")]
     allow: Vec<AllowEntry>,
+    /// Put a secret into this header of requests to this host, in place of nido-secret-NAME; may be repeated [default header:
+    /// authorization]
+    #[arg(long, value_name = "NAME@HOST[:HEADER]")]
+    secret: Vec<SecretUse>,
     /// Stop the VM this long after its start, for example 10m
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     ttl: Option<u64>,
@@ -135,6 +139,7 @@ impl VmArgs {
             net: machine.net,
             allow,
             presets,
+            secrets: self.secret,
             machine: machine.machine,
             accel: machine.accel,
             nested: machine.nested,

@@ -28,7 +28,7 @@ worker, which exits when nothing is pending. Finished deliveries are kept for 7 
 for each endpoint.
 
 Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
-vm.limit_hit net.denied snapshot.created snapshot.restored template.created template.deleted.";
+vm.limit_hit net.denied secret.used snapshot.created snapshot.restored template.created template.deleted.";
 
 /// Post events to endpoints on the web
 #[derive(Debug, clap::Args)]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{NetChoice, Timings};
+use super::{NetChoice, SecretUse, Timings};
 use crate::egress::{Denial, EgressRule, PresetRules};
 use crate::error::{Code, Error};
 use crate::limit_hit::{LimitHit, LimitKind};
@@ -36,6 +36,8 @@ pub enum EventKind {
     VmLimitHit,
     /// A VM's network refused what its guest tried to reach: the first time for each destination, then once a minute at most.
     NetDenied,
+    /// A secret was put into a request of a VM: the first time for each use, then once a minute at most.
+    SecretUsed,
     /// A snapshot is whole.
     SnapshotCreated,
     /// A VM is as it was in a snapshot.
@@ -59,6 +61,7 @@ impl EventKind {
         Self::VmExpired,
         Self::VmLimitHit,
         Self::NetDenied,
+        Self::SecretUsed,
         Self::SnapshotCreated,
         Self::SnapshotRestored,
         Self::TemplateCreated,
@@ -79,6 +82,7 @@ impl EventKind {
             Self::VmExpired => "vm.expired",
             Self::VmLimitHit => "vm.limit_hit",
             Self::NetDenied => "net.denied",
+            Self::SecretUsed => "secret.used",
             Self::SnapshotCreated => "snapshot.created",
             Self::SnapshotRestored => "snapshot.restored",
             Self::TemplateCreated => "template.created",
@@ -198,6 +202,10 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub denial: Option<Denial>,
+    /// Of the use of a secret: its name, the host that got it, and the header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub secret: Option<SecretUse>,
     /// Of a creation: what the VM was made from, and its network.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]

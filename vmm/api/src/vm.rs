@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::egress::{AllowEntry, PresetRules, effective_rules, split_entries};
-use super::{EgressRule, ForwardSpec, LeaseId, NetChoice};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, SecretUse};
 use crate::error::{Code, Error};
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
@@ -95,6 +95,10 @@ pub struct VmSpec {
     /// Presets whose rules it has in addition. In a request they are in `allow`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub presets: Vec<PresetRules>,
+    /// Secrets that its requests get, and the hosts that get them: `NAME@HOST[:HEADER]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
+    pub secrets: Vec<SecretUse>,
     /// Machine type.
     #[serde(default)]
     pub machine: MachineChoice,
@@ -166,6 +170,7 @@ impl VmSpec {
             net: NetChoice::default(),
             allow: Vec::new(),
             presets: Vec::new(),
+            secrets: Vec::new(),
             machine: MachineChoice::default(),
             accel: AccelChoice::default(),
             require_isolation: false,
@@ -307,6 +312,7 @@ impl SpawnRequest {
             net: self.net,
             allow,
             presets,
+            secrets: Vec::new(),
             machine: self.machine,
             accel: self.accel,
             require_isolation: self.require_isolation,

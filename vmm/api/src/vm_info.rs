@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::egress::NetworkInfo;
-use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, PresetRules};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, PresetRules, SecretUse};
 use crate::host_limits::HostLimits;
 use crate::limit_hit::LimitHit;
 use crate::name::{TemplateName, VmName};
@@ -65,6 +65,9 @@ pub struct VmInfo {
     /// Presets of the network, with the rules that they add. Absent: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub presets: Vec<PresetRules>,
+    /// Secrets that its requests get, and the hosts that get them: `NAME@HOST:HEADER`. Absent: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<SecretUse>,
     /// The address at which this host reaches the guest: that of its published ports. `null` if it has none.
     pub ip_address: Option<String>,
     /// A command that opens an SSH session through the published port 22; `null` without one.

@@ -25,6 +25,6 @@ pub use nido_supervisor::SuperviseRequest;
 
 pub use nido::execute;
 pub use nido::{
-    Adoption, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, RUN_IDLE_MS,
-    RebuildReport, RestoredRows, RestoredVm, SkippedDirectory, VmInProgress, Watch,
+    Adoption, EventFeed, ExecControl, ExecEvents, ForkSecrets, Intent, Lease, LogStream, Nido, OpenOptions,
+    RUN_IDLE_MS, RebuildReport, RestoredRows, RestoredVm, SkippedDirectory, VmInProgress, Watch,
 };

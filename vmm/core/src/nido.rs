@@ -39,6 +39,7 @@ mod receipt;
 mod reconcile;
 mod restart_policy;
 mod run;
+mod secrets;
 mod snapshots;
 mod supervise;
 mod supervisor_client;
@@ -55,6 +56,7 @@ use std::time::Duration;
 
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
+pub use fork::ForkSecrets;
 pub use leases::Lease;
 pub use list::Intent;
 pub use logs::LogStream;

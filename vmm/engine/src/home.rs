@@ -65,6 +65,8 @@ pub const DISK: &str = "disk.qcow2";
 pub const DISK_TEMPORARY: &str = "disk.qcow2.new";
 /// What the VM's row needs, so that the row can be rebuilt from its directory.
 pub const VM_RECORD: &str = "vm.json";
+/// The sealed key of the VM's certificate authority.
+pub const AUTHORITY: &str = "authority.sealed";
 /// Prefix of the name of a directory that is being removed: a VM's or a snapshot's.
 pub const REMOVED_PREFIX: &str = ".gone-";
 
@@ -227,6 +229,18 @@ impl Home {
     #[must_use]
     pub fn tls(&self) -> PathBuf {
         self.root.join(layout::TLS)
+    }
+
+    /// The sealed secrets.
+    #[must_use]
+    pub fn secrets(&self) -> PathBuf {
+        self.root.join(layout::SECRETS)
+    }
+
+    /// The key that seals them.
+    #[must_use]
+    pub fn secrets_key(&self) -> PathBuf {
+        self.root.join(layout::SECRETS_KEY)
     }
 
     /// Where agents on this machine may have files copied from and to.

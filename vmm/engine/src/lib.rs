@@ -5,6 +5,7 @@
 //!   machine.rs + host/     request and host facts become a machine      [machine.rs: pure]
 //!   qemu/                  its command line, process, monitor, migration
 //!   guest/                 the client of the agent inside
+//!   secrets.rs             secrets, sealed by a key of the home
 //!   home.rs                every path of a home
 //!   liveness.rs            which processes run
 //! ```
@@ -24,6 +25,7 @@ pub mod liveness;
 pub mod logs;
 pub mod machine;
 pub mod qemu;
+pub mod secrets;
 pub mod snapshot;
 pub mod space_reserve;
 pub mod template;

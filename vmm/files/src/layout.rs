@@ -45,6 +45,10 @@ pub const LIVENESS_LOCKS: &str = "present";
 pub const EXCHANGE: &str = "exchange";
 /// The server's own certificate.
 pub const TLS: &str = "tls";
+/// The sealed secrets, a file for each.
+pub const SECRETS: &str = "secrets";
+/// The key that seals them.
+pub const SECRETS_KEY: &str = "secrets.key";
 /// Where the audit log is: a path, relative to the home where it lies within.
 pub const AUDIT_PLACE: &str = "audit-place";
 /// The audit log, unless it is elsewhere.

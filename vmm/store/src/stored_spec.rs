@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
-use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, VmSpec};
+use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, SecretUse, VmSpec};
 use serde::{Deserialize, Serialize};
 
 /// The format that this version writes, and the highest that it reads.
@@ -35,6 +35,7 @@ struct StoredSpec {
     allow: Vec<EgressRule>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     presets: Vec<PresetRules>,
+    secrets: Vec<SecretUse>,
     #[serde(default)]
     machine: MachineChoice,
     #[serde(default)]
@@ -120,6 +121,7 @@ impl From<VmSpec> for StoredSpec {
             net,
             allow,
             presets,
+            secrets,
             machine,
             accel,
             require_isolation,
@@ -144,6 +146,7 @@ impl From<VmSpec> for StoredSpec {
             net,
             allow,
             presets,
+            secrets,
             machine,
             accel,
             require_isolation,
@@ -172,6 +175,7 @@ impl From<StoredSpec> for VmSpec {
             net: stored.net,
             allow: stored.allow,
             presets: stored.presets,
+            secrets: stored.secrets,
             machine: stored.machine,
             accel: stored.accel,
             require_isolation: stored.require_isolation,

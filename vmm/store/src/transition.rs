@@ -11,7 +11,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::machine::Machine;
 use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
-use nido_api::{AgentInfo, Failure, Limit, LimitHit, Timings};
+use nido_api::{AgentInfo, Failure, Limit, LimitHit, SecretUse, Timings};
 
 use self::events::events_of;
 use super::{BootParts, Origin, Store, VmRow, encode, fault};
@@ -64,6 +64,8 @@ pub enum Transition {
     LimitHit(Box<LimitHit>),
     /// The network refused what the guest tried to reach.
     NetDenied(Box<Denial>),
+    /// A secret was put into a request.
+    SecretUsed(Box<SecretUse>),
     /// QEMU has ended, or never ran.
     Ended(Box<VmEnd>),
     /// The disk is again as it was in a snapshot.
@@ -182,6 +184,7 @@ impl Transition {
             | Self::MachineChanged(_)
             | Self::LimitReached(_)
             | Self::NetDenied(_)
+            | Self::SecretUsed(_)
             | Self::Ended(_) => SUPERVISED,
             // A snapshot of a stopped VM can reach its quota.
             Self::Adopted(_) | Self::LimitHit(_) => &VmState::ALL,
@@ -199,7 +202,7 @@ impl Transition {
             Self::Ended(end) => Some(end.state),
             Self::FoundRunning => Some(VmState::Running),
             Self::AddressChanged { .. } | Self::MachineChanged(_) | Self::Adopted(_) => None,
-            Self::LimitReached(_) | Self::LimitHit(_) | Self::NetDenied(_) => None,
+            Self::LimitReached(_) | Self::LimitHit(_) | Self::NetDenied(_) | Self::SecretUsed(_) => None,
         }
     }
 
@@ -242,7 +245,7 @@ impl Transition {
             columns.set("state_cause", self.cause().map(StateCause::word));
         }
         match self {
-            Self::StartBegan | Self::StartGivenUp { .. } | Self::NetDenied(_) => {}
+            Self::StartBegan | Self::StartGivenUp { .. } | Self::NetDenied(_) | Self::SecretUsed(_) => {}
             Self::LimitReached(_) | Self::LimitHit(_) => {
                 if let Some(hit) = self.limit_hit(before) {
                     let mut hits = before.limits_hit.clone();

@@ -13,6 +13,7 @@ use super::launch::RunningQemu;
 use super::loaded_guest::{has_link_to_hold, switch_link};
 use super::readiness::{AgentRoute, Readiness, reset_identity, warm};
 use super::state::Supervisor;
+use super::trust::install;
 
 impl Supervisor {
     /// Waits for the guest's first reply, on a task of its own.
@@ -37,8 +38,10 @@ impl Supervisor {
         let held = (identity_reset.is_some() && has_link_to_hold(&self.row, &self.machine))
             .then(|| running.monitor().cloned().ok())
             .flatten();
+        let certificate = self.certificate.clone().filter(|_| opens);
+        let was_ready = self.lifecycle.is_ready();
         tokio::spawn(async move {
-            let answer = match identity_reset {
+            let mut answer = match identity_reset {
                 Some((token, identity_reset)) => {
                     let tokens = [token, guest.token().to_vec()];
                     let agent_route = AgentRoute { guest: guest.clone(), channel: door.clone() };
@@ -65,6 +68,16 @@ impl Supervisor {
                     }
                 }
             };
+            if let (Readiness::Yes(_), Some(certificate)) = (&answer, certificate)
+                && let Err(why) =
+                    install(&AgentRoute { guest: guest.clone(), channel: door.clone() }, &certificate, deadline).await
+            {
+                // A guest that was ready has it from before.
+                tracing::warn!("{why}");
+                if !was_ready {
+                    answer = Readiness::NotRenewed(why);
+                }
+            }
             if !opens && matches!(answer, Readiness::Yes(_)) {
                 warm(&AgentRoute { guest: guest.clone(), channel: door.clone() }, deadline).await;
             }

@@ -140,6 +140,7 @@ impl Supervisor {
             Report::Denied(denial) => self.on_denied(denial),
             Report::Resolved(pins) => self.keep_pins(pins),
             Report::HostLimits(found) => self.on_host_limits(*found),
+            Report::SecretUsed(used) => self.on_secret_used(used),
             Report::JobEnded(what, outcome) => {
                 if let Err(error) = outcome {
                     tracing::warn!("{what}: {error}");

@@ -10,7 +10,7 @@ use nido_api::NetChoice;
 use nido_api::error::{Error, Result};
 use nido_engine::home::{NETWORK_QEMU_SOCKET, NETWORK_SOCKET, VmDir};
 use nido_files::private_dir::{make_socket_private, remove_socket};
-use nido_net::{Mode, Network, Policy, Reports, Settings};
+use nido_net::{Credentials, Mode, Network, Policy, Reports, Settings};
 use nido_store::{Purpose, VmRow};
 
 use super::name_pins;
@@ -19,7 +19,13 @@ use super::name_pins;
 ///
 /// # Errors
 /// The socket cannot be bound, or no thread can be started.
-pub(super) fn start(row: &VmRow, dir: &VmDir, attach: bool, reports: Reports) -> Result<Option<Network>> {
+pub(super) fn start(
+    row: &VmRow,
+    dir: &VmDir,
+    attach: bool,
+    credentials: Option<Credentials>,
+    reports: Reports,
+) -> Result<Option<Network>> {
     if !row.spec.net.has_card() {
         return Ok(None);
     }
@@ -28,7 +34,8 @@ pub(super) fn start(row: &VmRow, dir: &VmDir, attach: bool, reports: Reports) ->
     remove_socket(ours).map_err(failed)?;
     let socket = UnixDatagram::bind(ours).map_err(failed)?;
     make_socket_private(ours).map_err(failed)?;
-    let settings = Settings { pins: name_pins::of_start(row, dir, attach), ..Settings::new(policy(row)) };
+    let pins = name_pins::of_start(row, dir, attach);
+    let settings = Settings { pins, credentials, ..Settings::new(policy(row)) };
     Network::start(socket, NETWORK_QEMU_SOCKET.into(), settings, reports).map(Some).map_err(failed)
 }
 

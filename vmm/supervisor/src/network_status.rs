@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nido_api::SecretUse;
 use nido_api::egress::{Denial, NetworkInfo};
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::NAME_PINS;
@@ -87,6 +88,12 @@ impl Supervisor {
         let path = self.dir.file(NAME_PINS);
         let job = self.jobs.start(PINS_JOB, move || name_pins::write(&path, &name_pins::encode_new(pins)?));
         self.report_end(job, PINS_TIMEOUT);
+    }
+
+    /// Records the use of a secret.
+    pub(super) fn on_secret_used(&mut self, used: Box<SecretUse>) {
+        tracing::info!("a request used the secret {used}");
+        self.write(Transition::SecretUsed(used));
     }
 
     /// Records a refusal.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use nido_api::HostLimits;
+use nido_api::{HostLimits, SecretUse};
 use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
 use nido_engine::guest::{Channel, Guest};
@@ -67,6 +67,8 @@ pub(super) struct Supervisor {
     pub(super) forwards: Forwards,
     /// The guest's network, if it has a card.
     pub(super) network: Option<Network>,
+    /// The certificate that the guest has to trust for its secrets.
+    pub(super) certificate: Option<String>,
     /// The guest may have connections that this network does not know.
     pub(super) has_old_connections: bool,
     pub(super) lifecycle: Lifecycle,
@@ -125,6 +127,8 @@ pub(super) enum Report {
     Denied(Box<Denial>),
     /// What the kernel limits of QEMU and this supervisor.
     HostLimits(Box<HostLimits>),
+    /// The network has put a secret into a request.
+    SecretUsed(Box<SecretUse>),
     /// What a job does, and its outcome: an error, too, if it is late and continues.
     JobEnded(&'static str, Result<()>),
 }
@@ -161,7 +165,9 @@ impl Supervisor {
         let desk = ControlQueue { calls: call_desk, life: life.subscribe(), users: users.clone() };
         tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
         let reports = mpsc::channel(16);
-        let network = network::start(&row, &dir, attach, network_reports(&reports.0))?;
+        let used = pass_on(&reports.0, 16, |used| Report::SecretUsed(Box::new(used)));
+        let (credentials, certificate) = context.credentials(&row, used)?.unzip();
+        let network = network::start(&row, &dir, attach, credentials, network_reports(&reports.0))?;
         let has_old_connections = network.is_some() && (attach || has_connections(&row.origin));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
@@ -190,6 +196,7 @@ impl Supervisor {
             forwards: Forwards::default(),
             has_old_connections,
             network,
+            certificate,
             lifecycle,
             kept: false,
             baked: None,

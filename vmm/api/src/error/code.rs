@@ -95,6 +95,7 @@ codes! {
     ApprovalNotFound "approval_not_found" NotFound 404 "No such approval";
     ApprovalEnded "approval_ended" Conflict 409 "The approval has expired or was used";
     Unauthorized "unauthorized" Denied 401 "Authentication is required";
+    SecretNotFound "secret_not_found" NotFound 404 "No such secret";
     TokenNotFound "token_not_found" NotFound 404 "No such token";
     TokenExists "token_exists" Conflict 409 "A token of that name exists";
     OperationNotFound "operation_not_found" NotFound 404 "No such operation";

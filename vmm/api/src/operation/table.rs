@@ -179,6 +179,12 @@ operations! {
     APPROVAL_APPROVE = Op::write("approval_approve", "approval", "approve").admin().confirmed(&[Any]).command("approve");
     /// Denies a requested operation.
     APPROVAL_DENY = Op::write("approval_deny", "approval", "deny").admin().command("deny");
+    /// Stores a secret, or replaces its value.
+    SECRET_SET = Op::write("secret_set", "secret", "set").admin().command("secret set");
+    /// Lists secrets, without their values.
+    SECRET_LIST = Op::read("secret_list", "secret", "list").admin().command("secret list");
+    /// Deletes secrets.
+    SECRET_DELETE = Op::destroy("secret_delete", "secret", "delete").admin().confirmed(&[Any]).command("secret delete");
     /// Creates a token.
     TOKEN_CREATE = Op::write("token_create", "token", "create").admin().command("token create");
     /// Lists tokens.

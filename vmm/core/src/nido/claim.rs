@@ -50,7 +50,8 @@ impl Nido {
         (asked_at, begun): (Instant, &VmInProgress),
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Option<VmInfo>> {
-        if start.path == PathChoice::Cold || !self.store().has_waiting_clones()? {
+        // A clone has its network already, without secrets.
+        if !spec.secrets.is_empty() || start.path == PathChoice::Cold || !self.store().has_waiting_clones()? {
             return Ok(None);
         }
         // Errors in the request are reported by the code that creates a VM for it.

@@ -51,6 +51,9 @@ impl Nido {
         grant: &Grant,
     ) -> Result<(VmRow, HeldLock)> {
         check_spec(&spec)?;
+        if purpose == Purpose::Use {
+            self.check_secrets(&spec, grant)?;
+        }
         let (host, qemu) = self.host_facts().await?;
         let _template_lock = self.templates_shared().await?;
         let manifest = self.manifest(&spec.template)?;

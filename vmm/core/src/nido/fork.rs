@@ -24,6 +24,7 @@ use nido_supervisor::control::Request;
 use super::Nido;
 use super::bake::{ABANDONED_VM_TTL_MS, frozen, saved};
 use super::denied::denied;
+use super::secrets::check_secrets;
 
 /// A snapshot of a running VM that is not among its snapshots: it is in the directory of a hidden VM, which is deleted
 /// when no process holds its lock any more. So a killed command leaves nothing.
@@ -46,6 +47,15 @@ struct CopiedGuest {
     paused_ms: Option<u64>,
 }
 
+/// Which secrets the copies of a VM use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForkSecrets {
+    /// None.
+    None,
+    /// Those of the VM.
+    Same,
+}
+
 impl Nido {
     /// Creates copies of a running VM under new names: the same memory, disk and processes, each with its own identity. Ports are not
     /// published for them. Either all copies are ready, or none exists.
@@ -59,12 +69,32 @@ impl Nido {
         grant: &Grant,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<ForkResult> {
+        self.fork_with(vm, copies, ForkSecrets::None, grant, progress).await
+    }
+
+    /// The same; the copies use the secrets of the VM if that is requested.
+    ///
+    /// # Errors
+    /// As [`Self::fork`].
+    pub async fn fork_with(
+        &self,
+        vm: impl Into<VmRef<'_>>,
+        copies: &[VmName],
+        secrets: ForkSecrets,
+        grant: &Grant,
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
+    ) -> Result<ForkResult> {
         let which = vm.into();
         let vm = which.name;
         let row = self.resolve(which)?;
         self.check_fork(&row, copies, &grant.limits)?;
         progress(vm, StartStage::Preparing);
-        let forked = self.fork_row(&row, copies, grant, progress).await;
+        let mut source = row;
+        match secrets {
+            ForkSecrets::None => source.spec.secrets.clear(),
+            ForkSecrets::Same => check_secrets(&source.spec, grant)?,
+        }
+        let forked = self.fork_row(&source, copies, grant, progress).await;
         // The parts that no copy needs any more.
         self.remove_unowned_parts_if_due().await;
         let (copies, paused_ms) = forked?;

@@ -209,6 +209,7 @@ impl Nido {
             net: row.spec.net,
             allow: row.spec.allow.clone(),
             presets: row.spec.presets.clone(),
+            secrets: row.spec.secrets.clone(),
             ip_address: reachable_address(row),
             ssh_command: ssh_command(row),
             forwards: row.forwards.clone(),

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use nido_api::egress::Denial;
 use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
-use nido_api::{EventDetails, EventKind};
+use nido_api::{EventDetails, EventKind, SecretUse};
 
 use super::{AgentReady, Transition, VmEnd};
 use crate::events::of_vm;
@@ -24,6 +24,9 @@ pub(super) fn events_of(before: &VmRow, transition: &Transition) -> Vec<(EventKi
         Transition::LimitHit(_) => limit_hit(before, transition).into_iter().collect(),
         Transition::NetDenied(denial) => {
             vec![(EventKind::NetDenied, EventDetails { denial: Some(Denial::clone(denial)), ..of_vm(before) })]
+        }
+        Transition::SecretUsed(used) => {
+            vec![(EventKind::SecretUsed, EventDetails { secret: Some(SecretUse::clone(used)), ..of_vm(before) })]
         }
         Transition::Entered { state, cause, .. } => change_of_state(before, *state, *cause).into_iter().collect(),
         Transition::Ready(ready) => {

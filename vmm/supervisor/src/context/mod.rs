@@ -4,6 +4,7 @@
 //! Invariant: nothing here reconciles, and nothing here knows an operation of the core API.
 
 mod background;
+mod credentials;
 mod delivery;
 mod erase;
 mod guardian;

@@ -128,6 +128,8 @@ impl From<VmOrder> for VmSpec {
             net: order.net,
             allow: order.allow,
             presets: order.presets,
+            // No clone is claimed for a VM with secrets.
+            secrets: Vec::new(),
             machine: order.machine,
             accel: order.accel,
             require_isolation: order.require_isolation,

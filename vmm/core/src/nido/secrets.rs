@@ -1,0 +1,119 @@
+//! Secrets: stored, listed, deleted, and which VMs may use them.
+//!
+//! Invariant: only the command line gives secrets to VMs: who chooses the host of a secret can have it sent anywhere.
+
+use nido_api::egress::Protocol;
+use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::name::SecretName;
+use nido_api::operation as op;
+use nido_api::{Caller, Grant, NetChoice, SECRETS_MAX, SecretInfo, SecretList, SecretValue, VmSpec};
+use nido_engine::secrets::Secrets;
+
+use super::Nido;
+
+impl Nido {
+    /// Stores a secret, or replaces its value: VMs that use it get the new one with their next request.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn secret_set(&self, name: &SecretName, value: &SecretValue) -> Result<SecretInfo> {
+        Secrets::of(self.home()).set(name, value)
+    }
+
+    /// All secrets, without their values, in order of name.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn secret_list(&self) -> Result<SecretList> {
+        Ok(SecretList { secrets: Secrets::of(self.home()).list()? })
+    }
+
+    /// Deletes a secret. Requests of VMs that use it fail from now on.
+    ///
+    /// # Errors
+    /// `secret_not_found`.
+    pub fn secret_delete(&self, name: &SecretName) -> Result<SecretInfo> {
+        Secrets::of(self.home()).delete(name)
+    }
+
+    /// Whether a new VM may use the secrets that its specification names.
+    ///
+    /// # Errors
+    /// `denied`, `secret_not_found`, `spec_invalid`.
+    pub(super) fn check_secrets(&self, spec: &VmSpec, grant: &Grant) -> Result<()> {
+        check_secrets(spec, grant)?;
+        let secrets = Secrets::of(self.home());
+        for used in &spec.secrets {
+            secrets.info(&used.name).map_err(|error| {
+                error.hint(Hint::command_line(format!(
+                    "nido {} {}",
+                    op::SECRET_SET.command.unwrap_or_default(),
+                    used.name
+                )))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// What of it needs no look at the home.
+pub(super) fn check_secrets(spec: &VmSpec, grant: &Grant) -> Result<()> {
+    let invalid = |words: String| Error::new(Code::SpecInvalid, words);
+    if spec.secrets.is_empty() {
+        return Ok(());
+    }
+    if grant.owner != Some(Caller::command_line().owner()) {
+        return Err(Error::new(Code::Denied, "secrets: only the command line gives secrets to a VM"));
+    }
+    if spec.secrets.len() > SECRETS_MAX {
+        return Err(invalid(format!("secrets: a VM uses at most {SECRETS_MAX} secrets")));
+    }
+    for (at, used) in spec.secrets.iter().enumerate() {
+        let is_reached = match spec.net {
+            NetChoice::Nat => true,
+            NetChoice::None => false,
+            NetChoice::Restricted => {
+                spec.allow.iter().any(|rule| rule.protocol == Protocol::Tcp && rule.matches_name(&used.host))
+            }
+        };
+        if !is_reached {
+            let words = format!("secrets[{at}]: the VM does not reach {}, which gets '{}'", used.host, used.name);
+            return Err(invalid(words).hint(format!("add the rule {}:443 to allow, with net restricted", used.host)));
+        }
+        if spec.secrets[..at].contains(used) {
+            return Err(invalid(format!("secrets[{at}]: '{used}' is named twice")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(net: NetChoice, allow: &[&str], secrets: &[&str]) -> VmSpec {
+        let allow = allow.iter().map(|rule| rule.parse().unwrap()).collect();
+        let secrets = secrets.iter().map(|used| used.parse().unwrap()).collect();
+        VmSpec { net, allow, secrets, ..VmSpec::named("web".parse().unwrap()) }
+    }
+
+    #[test]
+    fn a_secret_needs_a_host_that_is_reached_and_the_command_line() {
+        let (user, secret) = (Grant::unlimited(&Caller::command_line()), ["key@api.example.com"]);
+        let check = |net, allow: &[&str], grant: &Grant| {
+            check_secrets(&spec(net, allow, &secret), grant).map_err(|error| error.code())
+        };
+        assert_eq!(check(NetChoice::Nat, &[], &user), Ok(()));
+        assert_eq!(check(NetChoice::Restricted, &["*.example.com"], &user), Ok(()));
+        for (net, allow) in [
+            (NetChoice::None, &[][..]),
+            (NetChoice::Restricted, &[]),
+            (NetChoice::Restricted, &["example.com"]),
+            (NetChoice::Restricted, &["api.example.com:443/udp"]),
+        ] {
+            assert_eq!(check(net, allow, &user), Err(Code::SpecInvalid), "{allow:?}");
+        }
+        let other = Grant { owner: Some("token:ci".into()), ..user };
+        assert_eq!(check(NetChoice::Nat, &[], &other), Err(Code::Denied));
+    }
+}
