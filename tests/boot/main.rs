@@ -34,6 +34,7 @@ mod network;
 mod pool;
 mod rig;
 mod run;
+mod secrets;
 mod security;
 mod snapshots;
 mod soak;

@@ -7,7 +7,7 @@ mod process;
 mod pty;
 mod wait;
 
-pub use call::{FinishedCall, RunningCall};
+pub use call::{Call, FinishedCall, RunningCall};
 pub use home::{TestHome, UserAccount, Vm};
 pub use namespaces::{Namespaces, reasons, show};
 pub use process::{Process, send};

@@ -27,8 +27,18 @@ pub const SECRETS_MAX: usize = 64;
 /// How long the name of a header is at most.
 const HEADER_BYTES_MAX: usize = 64;
 /// Headers that decide where a request begins, ends or goes.
-const FORBIDDEN_HEADERS: [&str; 9] =
-    ["connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
+const FORBIDDEN_HEADERS: [&str; 10] = [
+    "connection",
+    "content-length",
+    "expect",
+    "host",
+    "keep-alive",
+    "proxy-authorization",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
 
 /// The value of a secret. It is overwritten when it is dropped.
 pub struct SecretValue(Vec<u8>);

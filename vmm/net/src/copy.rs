@@ -271,7 +271,7 @@ impl Copy<'_> {
             match self.gate.admit(&self.pending, |name| shared.is_allowed(remote, name)) {
                 Admission::Pass(count) => (self.admitted, self.pending_since) = (count, None),
                 Admission::Named(name) => {
-                    self.intercept(&name);
+                    self.intercept(&name)?;
                     (self.admitted, self.pending_since) = (self.pending.len(), None);
                 }
                 Admission::Refused(reason, name) => return Err(End::Refused(reason, name)),
@@ -286,18 +286,19 @@ impl Copy<'_> {
     }
 
     /// Puts the task that adds credentials between the guest and the host, if requests to this name get any.
-    fn intercept(&mut self, name: &str) {
-        let Some(credentials) = self.shared.credentials.clone().filter(|known| known.has_host(name)) else { return };
+    fn intercept(&mut self, name: &str) -> Result<(), End> {
+        let known = self.shared.credentials.clone().filter(|known| known.has_host(name));
+        let Some(credentials) = known else { return Ok(()) };
+        let Some(slot) = credentials.slot() else {
+            return Err(End::Refused(DenialReason::ConnectionLimit, Some(name.to_owned())));
+        };
         let (ours, theirs) = tokio::io::duplex(INTERCEPTION_BUFFER);
         if let HostEnd::Tcp(stream) = std::mem::replace(&mut self.host, HostEnd::Task(ours)) {
-            let connection = Interception {
-                shared: Rc::clone(self.shared),
-                credentials,
-                remote: self.key.remote,
-                host: name.to_owned(),
-            };
+            let (shared, host) = (Rc::clone(self.shared), name.to_owned());
+            let connection = Interception { shared, credentials, remote: self.key.remote, host, slot };
             spawn_local(connection.run(theirs, stream));
         }
+        Ok(())
     }
 
     /// Ends the direction to the host when the guest has ended it, and everything has passed.

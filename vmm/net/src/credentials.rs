@@ -13,6 +13,7 @@ use nido_api::name::SecretName;
 use nido_api::{SecretUse, SecretValue};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::sync::{OnceCell, mpsc};
+use tokio::time::timeout;
 
 use crate::authority::Authority;
 
@@ -21,6 +22,13 @@ pub type SecretSource = Arc<dyn Fn(&SecretName) -> nido_api::error::Result<Secre
 
 /// How long a use that was reported is not reported again.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the report of a use may take.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many connections get secrets at a time.
+const CONNECTIONS_MAX: usize = 64;
+
+/// The place of a connection that gets secrets.
+pub type Slot = Arc<()>;
 
 /// The secrets of one VM.
 #[derive(Clone)]
@@ -31,6 +39,7 @@ pub struct Credentials {
     reports: mpsc::Sender<SecretUse>,
     reported: RefCell<HashMap<SecretUse, Instant>>,
     roots: OnceCell<Arc<RootCertStore>>,
+    slots: Slot,
 }
 
 impl fmt::Debug for Credentials {
@@ -49,7 +58,18 @@ impl Credentials {
         reports: mpsc::Sender<SecretUse>,
     ) -> Self {
         let (reported, roots) = (RefCell::default(), OnceCell::new());
-        Self { uses, source, authority, reports, reported, roots }
+        Self { uses, source, authority, reports, reported, roots, slots: Slot::default() }
+    }
+
+    /// The same, for servers that these authorities certify.
+    #[cfg(test)]
+    pub(crate) fn with_roots(self, roots: RootCertStore) -> Self {
+        Self { roots: OnceCell::new_with(Some(Arc::new(roots))), ..self }
+    }
+
+    /// A place for one more connection; `None` if there are too many.
+    pub(crate) fn slot(&self) -> Option<Slot> {
+        (Arc::strong_count(&self.slots) <= CONNECTIONS_MAX).then(|| Arc::clone(&self.slots))
     }
 
     /// Whether requests to this host get a secret.
@@ -82,8 +102,11 @@ impl Credentials {
         if self.reported.borrow().get(used).is_some_and(is_recent) {
             return true;
         }
-        self.reported.borrow_mut().insert(used.clone(), now);
-        self.reports.send(used.clone()).await.is_ok()
+        let is_sent = matches!(timeout(REPORT_TIMEOUT, self.reports.send(used.clone())).await, Ok(Ok(())));
+        if is_sent {
+            self.reported.borrow_mut().insert(used.clone(), now);
+        }
+        is_sent
     }
 
     /// How servers are verified: by the host's certificates.

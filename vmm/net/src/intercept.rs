@@ -10,16 +10,21 @@
 //! Invariants: a request whose host is not the name of the connection is not passed on; a secret is put into its own header, in
 //! place of its placeholder, and nowhere else; both ends speak the same version of HTTP; every wait of a handshake has a deadline.
 
-use std::future::Future;
+mod head;
+#[cfg(test)]
+mod tests;
+
+use std::future::{Future, pending};
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Request, Response, StatusCode, Uri, Version};
+use http::{Request, Response, StatusCode, Version};
 use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1 as client1, http2 as client2};
@@ -32,12 +37,13 @@ use rustls::pki_types::ServerName;
 use rustls::server::ResolvesServerCert;
 use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, oneshot};
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
 
-use crate::credentials::Credentials;
+use self::head::{Refusal, authority_of, has_word, is_for, remove_hop_headers, shown, uri};
+use crate::credentials::{Credentials, Slot};
 use crate::shared::Shared;
 
 /// How long a handshake may take, at each end.
@@ -48,21 +54,14 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
 const HEAD_MAX: usize = 64 << 10;
 /// How many streams of a connection are open at a time.
 const STREAMS_MAX: u32 = 64;
+/// How many bytes of a stream, and of a connection, of HTTP/2 wait for their receiver.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 512 << 10;
+const SEND_BUFFER: usize = 64 << 10;
 const HTTP_1: &[u8] = b"http/1.1";
 const HTTP_2: &[u8] = b"h2";
-/// Headers that are about one connection.
-const HOP_HEADERS: [HeaderName; 6] = [
-    header::CONNECTION,
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-];
 
 type Body = Either<Incoming, Full<Bytes>>;
-/// Why a request is not passed on: what the guest gets.
-type Refusal = (StatusCode, String);
 
 /// A connection whose requests get secrets.
 pub struct Interception {
@@ -74,6 +73,8 @@ pub struct Interception {
     pub remote: SocketAddr,
     /// The name in its ClientHello.
     pub host: String,
+    /// Its place among those that are open.
+    pub slot: Slot,
 }
 
 /// A connection to the server, in its version of HTTP.
@@ -81,8 +82,6 @@ pub struct Interception {
 enum Upstream {
     Http1(Rc<Mutex<client1::SendRequest<Incoming>>>),
     Http2(client2::SendRequest<Incoming>),
-    /// There is none, and why.
-    Refused(String),
 }
 
 impl Interception {
@@ -106,45 +105,35 @@ impl Interception {
         if offered.is_empty() {
             protocols.push(HTTP_1.to_vec());
         }
-        let (upstream, agreed) = match self.connect(server, protocols.clone()).await {
+        let (upstream, is_over, agreed) = match self.connect(server, protocols.clone()).await {
             Ok(tls) => {
                 let agreed = tls.get_ref().1.alpn_protocol().unwrap_or(HTTP_1).to_vec();
-                (self.handshake(tls, &agreed).await?, agreed)
+                let (upstream, is_over) = handshake(tls, &agreed).await?;
+                (Ok(upstream), Some(is_over), agreed)
             }
-            Err(why) => {
-                self.shared.deny_connection(self.remote, DenialReason::CertificateInvalid, Some(self.host.clone()));
-                (Upstream::Refused(why), protocols.pop().unwrap_or_else(|| HTTP_1.to_vec()))
+            Err(error) => {
+                (Err(self.explain(&error)), None, protocols.pop().unwrap_or_else(|| HTTP_1.to_vec()))
             }
         };
         let config = self.server_config(if offered.is_empty() { None } else { Some(agreed.clone()) })?;
         let guest = within(start.into_stream(config)).await?;
-        self.serve(guest, upstream, agreed == HTTP_2).await
+        self.serve(guest, upstream, is_over, agreed == HTTP_2).await
     }
 
-    async fn connect(
-        &self,
-        server: TcpStream,
-        protocols: Vec<Vec<u8>>,
-    ) -> Result<client::TlsStream<TcpStream>, String> {
-        let config = self.credentials.client(protocols).await?;
-        let name = ServerName::try_from(self.host.clone()).map_err(|e| e.to_string())?;
-        within(TlsConnector::from(Arc::new(config)).connect(name, server)).await.map_err(|e| e.to_string())
+    async fn connect(&self, server: TcpStream, protocols: Vec<Vec<u8>>) -> io::Result<client::TlsStream<TcpStream>> {
+        let config = self.credentials.client(protocols).await.map_err(io::Error::other)?;
+        let name = ServerName::try_from(self.host.clone()).map_err(io::Error::other)?;
+        within(TlsConnector::from(Arc::new(config)).connect(name, server)).await
     }
 
-    async fn handshake(&self, tls: client::TlsStream<TcpStream>, agreed: &[u8]) -> io::Result<Upstream> {
-        let io = TokioIo::new(tls);
-        if agreed == HTTP_2 {
-            let mut builder = client2::Builder::new(LocalExecutor);
-            builder.max_header_list_size(u32::try_from(HEAD_MAX).unwrap_or(u32::MAX));
-            let (sender, connection) = builder.handshake(io).await.map_err(io::Error::other)?;
-            spawn_local(async move { drop(connection.await) });
-            return Ok(Upstream::Http2(sender));
+    /// Why there is no connection to the server. A certificate that is not valid is a refusal; the rest is a failure of the server's.
+    fn explain(&self, error: &io::Error) -> String {
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        if !matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
+            return format!("no connection over TLS to {}: {error}", self.host);
         }
-        let mut builder = client1::Builder::new();
-        builder.max_buf_size(HEAD_MAX);
-        let (sender, connection) = builder.handshake(io).await.map_err(io::Error::other)?;
-        spawn_local(async move { drop(connection.await) });
-        Ok(Upstream::Http1(Rc::new(Mutex::new(sender))))
+        self.shared.deny_connection(self.remote, DenialReason::CertificateInvalid, Some(self.host.clone()));
+        format!("the certificate of {} is not valid, so nothing is sent: {error}", self.host)
     }
 
     fn server_config(&self, protocol: Option<Vec<u8>>) -> io::Result<Arc<ServerConfig>> {
@@ -159,25 +148,57 @@ impl Interception {
         Ok(Arc::new(config))
     }
 
-    async fn serve(self, guest: server::TlsStream<DuplexStream>, upstream: Upstream, is_http2: bool) -> io::Result<()> {
+    /// Serves the guest until it, or the server, ends the connection.
+    async fn serve(
+        self,
+        guest: server::TlsStream<DuplexStream>,
+        upstream: Result<Upstream, String>,
+        is_over: Option<oneshot::Receiver<()>>,
+        is_http2: bool,
+    ) -> io::Result<()> {
         let this = Rc::new(self);
         let service = service_fn(move |request| {
             let (this, upstream) = (Rc::clone(&this), upstream.clone());
             async move { this.respond(request, upstream).await }
         });
         let io = TokioIo::new(guest);
+        let is_over = async {
+            match is_over {
+                Some(is_over) => drop(is_over.await),
+                None => pending().await,
+            }
+        };
         if is_http2 {
             let mut builder = server2::Builder::new(LocalExecutor);
-            builder.timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX);
+            builder.timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX).max_send_buf_size(SEND_BUFFER);
+            builder.initial_stream_window_size(STREAM_WINDOW).initial_connection_window_size(CONNECTION_WINDOW);
             builder.max_header_list_size(u32::try_from(HEAD_MAX).unwrap_or(u32::MAX));
-            return builder.serve_connection(io, service).await.map_err(io::Error::other);
+            let mut connection = pin!(builder.serve_connection(io, service));
+            tokio::select! {
+                ended = connection.as_mut() => return ended.map_err(io::Error::other),
+                () = is_over => connection.as_mut().graceful_shutdown(),
+            }
+            return connection.await.map_err(io::Error::other);
         }
         let mut builder = server1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_MAX);
-        builder.serve_connection(io, service).await.map_err(io::Error::other)
+        let mut connection = pin!(builder.serve_connection(io, service));
+        tokio::select! {
+            ended = connection.as_mut() => return ended.map_err(io::Error::other),
+            () = is_over => connection.as_mut().graceful_shutdown(),
+        }
+        connection.await.map_err(io::Error::other)
     }
 
-    async fn respond(&self, request: Request<Incoming>, upstream: Upstream) -> hyper::Result<Response<Body>> {
+    async fn respond(
+        &self,
+        request: Request<Incoming>,
+        upstream: Result<Upstream, String>,
+    ) -> hyper::Result<Response<Body>> {
+        let upstream = match upstream {
+            Ok(upstream) => upstream,
+            Err(why) => return Ok(refused((StatusCode::BAD_GATEWAY, why))),
+        };
         let request = match self.prepare(request).await {
             Ok(request) => request,
             Err(refusal) => return Ok(refused(refusal)),
@@ -191,10 +212,6 @@ impl Interception {
             Upstream::Http2(mut sender) => {
                 sender.ready().await?;
                 sender.send_request(request).await?
-            }
-            Upstream::Refused(why) => {
-                let words = format!("{} is not asked, because its certificate cannot be verified: {why}", self.host);
-                return Ok(refused((StatusCode::BAD_GATEWAY, words)));
             }
         };
         let (mut head, body) = response.into_parts();
@@ -262,61 +279,23 @@ impl Interception {
     }
 }
 
-/// The host that a request names, with its port if it has one; why the request is not clear about it.
-fn authority_of(head: &http::request::Parts) -> Result<String, &'static str> {
-    if head.method == http::Method::CONNECT {
-        return Err("CONNECT is not passed on");
+/// Begins HTTP on a connection to the server; what is received when it ends.
+async fn handshake(tls: client::TlsStream<TcpStream>, agreed: &[u8]) -> io::Result<(Upstream, oneshot::Receiver<()>)> {
+    let io = TokioIo::new(tls);
+    let (end, is_over) = oneshot::channel();
+    if agreed == HTTP_2 {
+        let mut builder = client2::Builder::new(LocalExecutor);
+        builder.initial_stream_window_size(STREAM_WINDOW).initial_connection_window_size(CONNECTION_WINDOW);
+        builder.max_send_buf_size(SEND_BUFFER).max_header_list_size(u32::try_from(HEAD_MAX).unwrap_or(u32::MAX));
+        let (sender, connection) = builder.handshake(io).await.map_err(io::Error::other)?;
+        spawn_local(async move { drop((connection.await, end)) });
+        return Ok((Upstream::Http2(sender), is_over));
     }
-    if head.headers.contains_key(header::TRANSFER_ENCODING) && head.headers.contains_key(header::CONTENT_LENGTH) {
-        return Err("the request has two lengths");
-    }
-    let mut hosts = head.headers.get_all(header::HOST).iter();
-    let (host, second) = (hosts.next(), hosts.next());
-    let host = host.map(|host| host.to_str().map_err(|_| "the host of the request is not a name")).transpose()?;
-    match (head.uri.authority(), host, second) {
-        (_, _, Some(_)) => Err("the request has two hosts"),
-        (None, None, None) => Err("the request has no host"),
-        (Some(authority), None, None) => Ok(authority.as_str().to_owned()),
-        (Some(authority), Some(host), None) if !authority.as_str().eq_ignore_ascii_case(host) => {
-            Err("the request has two hosts")
-        }
-        (_, Some(host), None) => Ok(host.to_owned()),
-    }
-}
-
-/// Whether an authority is this host, at this port or none.
-fn is_for(authority: &str, host: &str, port: u16) -> bool {
-    let (name, named_port) = authority.split_once(':').map_or((authority, None), |(name, port)| (name, Some(port)));
-    name.eq_ignore_ascii_case(host) && named_port.is_none_or(|named| named == port.to_string())
-}
-
-/// Text of the guest's for a record.
-fn shown(text: &str) -> String {
-    text.chars().filter(|c| c.is_ascii_graphic()).take(253).collect()
-}
-
-/// The URI of the request that is passed on: in origin form, or with the authority as HTTP/2 wants it.
-fn uri(authority: Option<&str>, uri: &Uri) -> Result<Uri, Refusal> {
-    let path = uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    let built = match authority {
-        Some(authority) => Uri::builder().scheme("https").authority(authority).path_and_query(path).build(),
-        None => Uri::builder().path_and_query(path).build(),
-    };
-    built.map_err(|_| (StatusCode::BAD_REQUEST, "the request has no valid path".to_owned()))
-}
-
-fn has_word(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
-    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).any(|found| found.trim().eq_ignore_ascii_case(word))
-}
-
-/// Removes what is about one connection, also what `Connection` names.
-fn remove_hop_headers(headers: &mut HeaderMap) {
-    let values = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-    let named: Vec<_> = values.flat_map(|value| value.split(',')).filter_map(|name| name.trim().parse().ok()).collect();
-    for name in named.iter().chain(&HOP_HEADERS).filter(|name| **name != header::CONTENT_LENGTH) {
-        headers.remove(name);
-    }
+    let mut builder = client1::Builder::new();
+    builder.max_buf_size(HEAD_MAX);
+    let (sender, connection) = builder.handshake(io).await.map_err(io::Error::other)?;
+    spawn_local(async move { drop((connection.await, end)) });
+    Ok((Upstream::Http1(Rc::new(Mutex::new(sender))), is_over))
 }
 
 fn refused((status, why): Refusal) -> Response<Body> {
