@@ -121,7 +121,7 @@ fn a_program_of_the_guest_uses_a_secret_that_the_guest_does_not_have() {
     let site = Site::new(&home);
     let flags = ["--allow", "example.com", "--allow", "www.example.com", "--secret", "key@example.com"];
     let spawn = |name: &str| home.nido(["spawn", name, "--net", "restricted"]).args(flags);
-    site.call(spawn("early")).problem(1, "secret_not_found");
+    spawn("early").problem(1, "secret_not_found");
     set(&home, VALUE);
     site.call(spawn("web")).ok();
     let web = Vm { home: &home, name: "web" };

@@ -1,4 +1,4 @@
-//! Secrets at rest: each in a file of its own, sealed by a key of the home.
+//! Stored secrets: each in a file of its own, sealed by a key of the home.
 //!
 //! ```text
 //!  secrets.key     32 random bytes, made once

@@ -295,8 +295,11 @@ impl Copy<'_> {
         let (ours, theirs) = tokio::io::duplex(INTERCEPTION_BUFFER);
         if let HostEnd::Tcp(stream) = std::mem::replace(&mut self.host, HostEnd::Task(ours)) {
             let (shared, host) = (Rc::clone(self.shared), name.to_owned());
-            let connection = Interception { shared, credentials, remote: self.key.remote, host, slot };
-            spawn_local(connection.run(theirs, stream));
+            let connection = Interception { shared, credentials, remote: self.key.remote, host };
+            spawn_local(async move {
+                connection.run(theirs, stream).await;
+                drop(slot);
+            });
         }
         Ok(())
     }

@@ -43,7 +43,7 @@ use tokio::time::timeout;
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
 
 use self::head::{Refusal, authority_of, has_word, is_for, remove_hop_headers, shown, uri};
-use crate::credentials::{Credentials, Slot};
+use crate::credentials::Credentials;
 use crate::shared::Shared;
 
 /// How long a handshake may take, at each end.
@@ -73,8 +73,6 @@ pub struct Interception {
     pub remote: SocketAddr,
     /// The name in its ClientHello.
     pub host: String,
-    /// Its place among those that are open.
-    pub slot: Slot,
 }
 
 /// A connection to the server, in its version of HTTP.
@@ -111,9 +109,7 @@ impl Interception {
                 let (upstream, is_over) = handshake(tls, &agreed).await?;
                 (Ok(upstream), Some(is_over), agreed)
             }
-            Err(error) => {
-                (Err(self.explain(&error)), None, protocols.pop().unwrap_or_else(|| HTTP_1.to_vec()))
-            }
+            Err(error) => (Err(self.explain(&error)), None, protocols.pop().unwrap_or_else(|| HTTP_1.to_vec())),
         };
         let config = self.server_config(if offered.is_empty() { None } else { Some(agreed.clone()) })?;
         let guest = within(start.into_stream(config)).await?;

@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
-use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, SecretUse, VmSpec};
+use nido_api::{
+    AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, SecretUse, VmSpec,
+};
 use serde::{Deserialize, Serialize};
 
 /// The format that this version writes, and the highest that it reads.

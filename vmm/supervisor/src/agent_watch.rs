@@ -68,15 +68,9 @@ impl Supervisor {
                     }
                 }
             };
-            if let (Readiness::Yes(_), Some(certificate)) = (&answer, certificate)
-                && let Err(why) =
-                    install(&AgentRoute { guest: guest.clone(), channel: door.clone() }, &certificate, deadline).await
-            {
-                // A guest that was ready has it from before.
-                tracing::warn!("{why}");
-                if !was_ready {
-                    answer = Readiness::NotRenewed(why);
-                }
+            if let (Readiness::Yes(_), Some(certificate)) = (&answer, certificate) {
+                let route = AgentRoute { guest: guest.clone(), channel: door.clone() };
+                answer = install(&route, &certificate, was_ready, deadline).await.unwrap_or(answer);
             }
             if !opens && matches!(answer, Readiness::Yes(_)) {
                 warm(&AgentRoute { guest: guest.clone(), channel: door.clone() }, deadline).await;

@@ -6,7 +6,7 @@ use nido_engine::guest::{Event, GuestError, Session};
 use nido_guest_agent::wire::Exec;
 use tokio::time::Instant;
 
-use super::readiness::AgentRoute;
+use super::readiness::{AgentRoute, Readiness};
 
 /// How long the guest may take, in milliseconds.
 const TIMEOUT_MS: u64 = 30_000;
@@ -33,13 +33,18 @@ for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.cr
 done
 "#;
 
-/// Has the guest trust this certificate.
-///
-/// # Errors
-/// One sentence: the guest did not do it.
-pub(super) async fn install(route: &AgentRoute, certificate: &str, deadline: Instant) -> Result<(), String> {
-    let failed = |why: String| format!("the guest did not install the certificate for its secrets: {why}");
-    run(route, certificate, deadline).await.map_err(|e| failed(e.to_string()))?.map_err(failed)
+/// Has the guest trust this certificate. Returns why it is not ready if it does not; a guest that was ready before has the
+/// certificate already.
+pub(super) async fn install(
+    route: &AgentRoute,
+    certificate: &str,
+    was_ready: bool,
+    deadline: Instant,
+) -> Option<Readiness> {
+    let complaint = run(route, certificate, deadline).await.unwrap_or_else(|error| Err(error.to_string())).err()?;
+    let why = format!("the guest did not install the certificate for its secrets: {complaint}");
+    tracing::warn!("{why}");
+    (!was_ready).then_some(Readiness::NotRenewed(why))
 }
 
 async fn run(route: &AgentRoute, certificate: &str, deadline: Instant) -> Result<Result<(), String>, GuestError> {

@@ -1,6 +1,6 @@
 //! Decides about the head of a request that gets secrets: pure.
 
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName};
 use http::{StatusCode, Uri};
 
 /// Why a request is not passed on: what the guest gets.
@@ -49,7 +49,7 @@ pub fn is_for(authority: &str, host: &str, port: u16) -> bool {
 
 /// Text of the guest's for a record.
 pub fn shown(text: &str) -> String {
-    text.chars().filter(|c| c.is_ascii_graphic()).take(253).collect()
+    text.chars().filter(char::is_ascii_graphic).take(253).collect()
 }
 
 /// The URI of the request that is passed on: in origin form, or with the authority as HTTP/2 wants it.

@@ -11,9 +11,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nido_api::SecretUse;
-use nido_api::SecretValue;
 use nido_api::egress::{Denial, DenialReason};
+use nido_api::{SecretUse, SecretValue};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
@@ -116,7 +115,6 @@ impl World {
             credentials: Rc::clone(&self.credentials),
             remote: REMOTE.parse().unwrap(),
             host: HOST.into(),
-            slot: self.credentials.slot().unwrap(),
         };
         (spawn_local(connection.run(ours, stream)), theirs)
     }

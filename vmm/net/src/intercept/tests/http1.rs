@@ -1,3 +1,5 @@
+//! HTTP/1.1.
+
 use nido_api::egress::DenialReason;
 use proptest::prelude::Rng;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -135,13 +137,15 @@ fn requests_that_could_be_read_in_two_ways_are_refused_or_written_again() {
             let (_, mut guest) = world.open(server, &["http/1.1"]).await;
             // The end of what is too long may be refused before it was sent.
             let _ = guest.write_all(bad.as_bytes()).await;
+            let _ = guest.flush().await;
             let response = message(&mut guest).await.unwrap_or_default();
             let shown = &bad[..bad.len().min(120)];
             assert!(response.is_empty() || response.starts_with("HTTP/1.1 4"), "{shown}: {response}");
             assert_eq!(world.seen(), "", "{shown}");
         }
         // Two lengths: the server gets one.
-        for lengths in ["Content-Length: 3\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 3"]
+        for lengths in
+            ["Content-Length: 3\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 3"]
         {
             let (_, mut guest) = world.open(server, &["http/1.1"]).await;
             let request = format!("POST / HTTP/1.1\r\n{host}{lengths}\r\n\r\n5\r\nhello\r\n0\r\n\r\n");
@@ -237,6 +241,7 @@ fn any_bytes_end_without_a_panic() {
                 let (task, mut guest) = world.open(server, &[protocol]).await;
                 let _ = guest.write_all(&bytes).await;
                 let _ = guest.shutdown().await;
+                drop(guest);
                 task
             };
             task.await.unwrap();

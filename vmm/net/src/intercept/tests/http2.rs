@@ -1,3 +1,5 @@
+//! HTTP/2.
+
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
@@ -26,9 +28,8 @@ async fn answer(stream: Accepted, seen: Seen) {
             Ok::<_, hyper::Error>(Response::new(Full::new(Bytes::from_static(b"done"))))
         }
     });
-    let _ = hyper::server::conn::http2::Builder::new(LocalExecutor)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+    let _ =
+        hyper::server::conn::http2::Builder::new(LocalExecutor).serve_connection(TokioIo::new(stream), service).await;
 }
 
 async fn client(guest: Guest) -> Client {
