@@ -130,7 +130,7 @@ put(ip6(TO, 6, whole)[:50]); put(ip6(TO, 6, b'')); put(ip6(TO, 6, whole)[:4] + b
 is_reply = lambda a: a[0:2] == b'\x86\xdd' and a[8] in (6, 58) and not (a[8] == 58 and a[42] in (134, 135, 136))
 print(len([a for a in barrier() if is_reply(a)]), end='; ')
 # The host under other names.
-for host in ('::ffff:127.0.0.1', '::ffff:10.0.2.2', '::1', '::', 'fe80::2', '64:ff9b::7f00:1', '2002:7f00:1::', 'ff02::1', '::127.0.0.1'):
+for host in ('::ffff:127.0.0.1', '::ffff:10.0.2.2', '::1', '::', 'fe80::1', '64:ff9b::7f00:1', '2002:7f00:1::', 'ff02::1', '::127.0.0.1'):
     put(ip6(host, 6, syn(host, 22)))
 opened = [a for a in barrier() if a[0:2] == b'\x86\xdd' and a[8] == 6 and a[55] & 0x12 == 0x12]
 print(len(opened), end='; ')

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
-use crate::names::Namespaces;
-use crate::rig::{Call, TestHome, Vm};
+use crate::rig::{Call, Namespaces, TestHome, Vm};
 
 /// Values that are nowhere else.
 const VALUE: &str = "value-3f9a61c07d";

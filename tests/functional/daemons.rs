@@ -19,7 +19,7 @@ fn supervisor(home: &Home) -> Pid {
 }
 
 fn qemu(home: &Home) -> Pid {
-    process_with(home, "path=qmp.sock")
+    process_with(home, "path=qemu/qmp.sock")
 }
 
 /// What `/proc` has about a process, as text.

@@ -116,7 +116,7 @@ fn the_end_of_a_qemu_without_a_supervisor_is_recorded_and_the_guardian_ends() {
     let guardian = guardian(&home);
     kill_process(guardian, Signal::STOP).unwrap();
     supervisors(&home).into_iter().for_each(processes::kill);
-    with(&home, "path=qmp.sock").into_iter().for_each(processes::kill);
+    with(&home, "path=qemu/qmp.sock").into_iter().for_each(processes::kill);
     kill_process(guardian, Signal::CONT).unwrap();
     processes::expect_none(&home.path());
     let store = nido_store::Store::open_to_read(&home.path().join("nido.db")).unwrap();

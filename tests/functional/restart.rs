@@ -34,13 +34,13 @@ fn runs_again(home: &Home, name: &str, count: u64) -> Value {
 fn a_vm_that_failed_is_restarted_until_a_user_stops_it() {
     let home = Home::new();
     home.nido(["spawn", "web", "--accel", "tcg", "--restart", "on-failure"]).run().ok();
-    kill_all(&home, "path=qmp.sock");
+    kill_all(&home, "path=qemu/qmp.sock");
     runs_again(&home, "web", 1);
     // Both at once: nothing is there that saw it end.
     let guardian = until("the guardian", || with(&home, " watch").pop());
     kill_process(guardian, Signal::STOP).unwrap();
     kill_all(&home, " supervise ");
-    kill_all(&home, "path=qmp.sock");
+    kill_all(&home, "path=qemu/qmp.sock");
     kill_process(guardian, Signal::CONT).unwrap();
     let info = runs_again(&home, "web", 2);
     assert_eq!((info["restart"].as_str(), restarts(&info)), (Some("on-failure"), 2), "{info}");
@@ -120,7 +120,7 @@ fn after_a_reboot_one_command_starts_the_vms_that_should_run() {
     home.nido(["stop", "halted"]).run().ok();
     // Nothing asks which boot it is: after one, no process is left.
     until("the guardian", || with(&home, " watch").pop().map(|pid| kill_process(pid, Signal::STOP).unwrap()));
-    for word in [" supervise ", "path=qmp.sock", " watch"] {
+    for word in [" supervise ", "path=qemu/qmp.sock", " watch"] {
         kill_all(&home, word);
     }
     processes::expect_none(&home.path());

@@ -33,11 +33,20 @@ pub const SPAWN: Tool = Tool {
 };
 
 /// Arguments of a new VM that few callers need.
-pub const UNLISTED: [&str; 7] =
-    ["machine", "accel", "nested", "require_isolation", "require_confinement", "path", "start_timeout_seconds"];
+pub const UNLISTED: [&str; 8] = [
+    "disk_quota_bytes",
+    "machine",
+    "accel",
+    "nested",
+    "require_isolation",
+    "require_confinement",
+    "path",
+    "start_timeout_seconds",
+];
 
 /// The same of a VM that is not started yet: its description refers to vm_spawn for the others.
-const UNLISTED_IN_CREATE: [&str; 14] = [
+const UNLISTED_IN_CREATE: [&str; 15] = [
+    "disk_quota_bytes",
     "start_timeout_seconds",
     "cpus",
     "memory_mib",
@@ -212,7 +221,7 @@ impl Operation for Spawn {
     }
 
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
-        Box::pin(async move { spawn(&call, self.0).await })
+        Box::pin(async move { Box::pin(spawn(&call, self.0)).await })
     }
 }
 

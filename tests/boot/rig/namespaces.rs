@@ -110,20 +110,26 @@ pub struct Namespaces {
 
 impl Namespaces {
     pub fn new(home: &TestHome) -> Self {
-        let (hosts, resolver) = (home.user_dir().join("hosts"), home.user_dir().join("resolv.conf"));
         let queries = home.user_dir().join("queries");
+        fs::write(&queries, "").unwrap();
+        Self::with_server(home, &[SERVER, queries.to_str().unwrap()])
+    }
+
+    /// With a server: a program of Python that prints `ready`, and its arguments.
+    pub fn with_server(home: &TestHome, server: &[&str]) -> Self {
+        let (hosts, resolver) = (home.user_dir().join("hosts"), home.user_dir().join("resolv.conf"));
         fs::write(&hosts, HOSTS).unwrap();
         fs::write(&resolver, "nameserver 127.0.0.1\n").unwrap();
-        fs::write(&queries, "").unwrap();
         let addresses = ADDRESSES.map(|address| format!("ip address add {address} dev lo; ")).concat();
         // A route for IPv6 is what makes the host have it.
         let script = format!(
-            "set -e; mount --bind \"$0\" /etc/hosts; mount --bind \"$1\" /etc/resolv.conf; ip link set lo up; {addresses} \
-             ip -6 route add default dev lo; exec python3 -c \"$2\" \"$3\""
+            "set -e; mount --bind \"$0\" /etc/hosts; mount --bind \"$1\" /etc/resolv.conf; shift; ip link set lo up; \
+             {addresses} ip -6 route add default dev lo; exec python3 -c \"$@\""
         );
         let mut child = Command::new("unshare")
             .args(["--user", "--map-current-user", "--keep-caps", "--mount", "--net", "sh", "-c", &script])
-            .args([hosts.as_os_str(), resolver.as_os_str(), SERVER.as_ref(), queries.as_os_str()])
+            .args([&hosts, &resolver])
+            .args(server)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -131,7 +137,7 @@ impl Namespaces {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n", "the namespaces cannot be set up");
         let pid = child.id().to_string();
-        Self { child, pid, queries }
+        Self { child, pid, queries: home.user_dir().join("queries") }
     }
 
     /// What the name server was asked: a name and the number of a type in each line.
@@ -141,8 +147,12 @@ impl Namespaces {
 
     /// A command of nido in these namespaces.
     pub fn nido(&self, home: &TestHome, arguments: &[&str]) -> Call {
-        let wrapper = ["nsenter", "--preserve-credentials", "--user", "--mount", "--net", "--target", &self.pid, "--"];
-        home.nido(arguments).behind(wrapper)
+        self.call(home.nido(arguments))
+    }
+
+    /// A call whose processes are in these namespaces.
+    pub fn call(&self, call: Call) -> Call {
+        call.behind(["nsenter", "--preserve-credentials", "--user", "--mount", "--net", "--target", &self.pid, "--"])
     }
 
     /// Spawns a VM whose supervisor is in these namespaces.

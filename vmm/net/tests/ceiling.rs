@@ -1,5 +1,7 @@
 //! What rules within a limit allow, the limit allows as well: compared with the decisions of the engine.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot continue must stop")]
+
 use std::net::{IpAddr, SocketAddr};
 
 use nido_api::egress::{DomainName, EgressRule, Protocol, covers, intersection};

@@ -37,6 +37,7 @@ struct StoredSpec {
     allow: Vec<EgressRule>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     presets: Vec<PresetRules>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     secrets: Vec<SecretUse>,
     #[serde(default)]
     machine: MachineChoice,

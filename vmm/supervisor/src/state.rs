@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use nido_api::{HostLimits, SecretUse};
 use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
+use nido_api::{HostLimits, SecretUse};
 use nido_engine::guest::{Channel, Guest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir};
 use nido_engine::machine::{Accel, Machine, Transport};

@@ -158,7 +158,7 @@ pub fn write(checkpoint: &AuditCheckpoint, path: &Path) -> Result<()> {
 /// Writes a signed document to a new file.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_text(text: &str, path: &Path) -> Result<()> {
     let shown = path.display();
     let broken = |e: io::Error| match e.kind() {

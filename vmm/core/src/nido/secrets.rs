@@ -73,7 +73,7 @@ pub(super) fn check_secrets(spec: &VmSpec, grant: &Grant) -> Result<()> {
             NetChoice::Nat => true,
             NetChoice::None => false,
             NetChoice::Restricted => {
-                spec.allow.iter().any(|rule| rule.protocol == Protocol::Tcp && rule.matches_name(&used.host))
+                spec.rules().iter().any(|rule| rule.protocol == Protocol::Tcp && rule.matches_name(&used.host))
             }
         };
         if !is_reached {

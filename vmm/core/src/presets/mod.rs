@@ -73,7 +73,8 @@ pub fn expand(name: &PresetName, home: &Path, host: &Host) -> Result<PresetRules
     // A damaged file might define this preset: what it means is then not known.
     if let Some(damage) = list.damaged.first() {
         return Err(Error::new(Code::SpecInvalid, format!("preset '{name}' cannot be used: {damage}"))
-            .hint("correct the file; nido net presets checks it"));
+            .hint("correct the file")
+            .or_hint(Hint::run(op::NET_PRESETS).to("check it")));
     }
     let Some(found) = list.presets.iter().find(|preset| preset.name == *name) else {
         return Err(unknown(name, &list.presets));
