@@ -26,7 +26,7 @@ server.socket = context.wrap_socket(server.socket, server_side=True, do_handshak
 print('ready', flush=True)
 server.serve_forever()
 "#;
-/// For the guest: a request with the system's certificates; prints the status, or why there is none.
+/// For the guest: a request with the system's certificates; prints the status, or why it got no response.
 const CLIENT: &str = r#"
 import ssl, urllib.error, urllib.request
 def get(url, verify=True):

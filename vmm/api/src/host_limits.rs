@@ -20,7 +20,7 @@ pub struct HostLimits {
 }
 
 impl HostLimits {
-    /// Whether there is none.
+    /// Whether the kernel limits nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()

@@ -107,7 +107,7 @@ impl SecretUse {
         format!("{PLACEHOLDER_PREFIX}{}", self.name)
     }
 
-    /// A header's value with the secret in place of each placeholder; `None` if there is none.
+    /// A header's value with the secret in place of each placeholder; `None` if it has no placeholder.
     #[must_use]
     pub fn fill(&self, header: &[u8], secret: &SecretValue) -> Option<Vec<u8>> {
         let placeholder = self.placeholder();

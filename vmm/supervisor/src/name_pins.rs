@@ -69,7 +69,7 @@ fn source(row: &VmRow, dir: &VmDir, attach: bool) -> Option<PathBuf> {
 
 /// A clock that was put back makes nothing younger than it is.
 fn age(exported_ms: i64, now_ms: i64) -> Duration {
-    u64::try_from(now_ms - exported_ms).map_or(Duration::MAX, Duration::from_millis)
+    u64::try_from(now_ms.saturating_sub(exported_ms)).map_or(Duration::MAX, Duration::from_millis)
 }
 
 /// `None` if there is no file.

@@ -195,7 +195,7 @@ pub fn effective_rules(allow: &[EgressRule], presets: &[PresetRules]) -> Vec<Egr
     rules
 }
 
-/// The rule for the server of a URL, or the end of a sentence about why there is none. It never repeats the URL, which may hold
+/// The rule for the server of a URL, or the end of a sentence about why it gives no rule. It never repeats the URL, which may hold
 /// a password.
 ///
 /// # Errors
@@ -239,8 +239,8 @@ mod tests {
     #[test]
     fn urls_of_mirrors_become_rules_for_their_servers() {
         for (url, rule) in [
-            ("https://pypi.org/simple", "pypi.org:443"),
-            ("http://deb.debian.org/debian", "deb.debian.org:80"),
+            ("https://index.example/simple", "index.example:443"),
+            ("http://mirror.example/debian", "mirror.example:80"),
             ("https://user:secret@Mirror.Example.com:8443/x", "mirror.example.com:8443"),
             ("http://127.0.0.1:3141/root/pypi", "host:3141"),
             ("http://localhost:4873/", "host:4873"),

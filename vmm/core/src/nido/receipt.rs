@@ -56,7 +56,7 @@ impl Nido {
         sign(receipt, &key)
     }
 
-    /// The public key of checkpoints and receipts, in hexadecimal; created if there is none.
+    /// The public key of checkpoints and receipts, in hexadecimal; created if the home has no key yet.
     ///
     /// # Errors
     /// `internal`.

@@ -140,7 +140,7 @@ impl Found {
     }
 }
 
-/// The text of a regular file; `None` if there is none. Otherwise why not.
+/// The text of a regular file; `None` if it does not exist. An error is why it cannot be read.
 pub(super) fn read_text(path: &Path) -> Result<Option<String>, String> {
     // A named pipe would block.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);

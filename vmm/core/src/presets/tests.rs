@@ -78,7 +78,7 @@ fn apt_sources_of_both_formats_are_read() {
         ),
         (
             "etc/apt/sources.list.d/a.sources",
-            "Types: deb\nURIs: http://deb.debian.org/debian\n https://second.example/\nSuites: bookworm\n\nEnabled: no\n\
+            "Types: deb\nURIs: http://first.example/debian\n https://second.example/\nSuites: bookworm\n\nEnabled: no\n\
              URIs: http://disabled.example/\n\n# x\nURIs: http://192.168.1.5/ubuntu ssh://x.example/\n",
         ),
         ("etc/apt/sources.list.d/off.list.save", "deb http://saved.example/ x"),
@@ -90,7 +90,7 @@ fn apt_sources_of_both_formats_are_read() {
     ]);
     let found = rig.expand("@apt").unwrap();
     let rules: Vec<_> = found.rules.iter().map(ToString::to_string).collect();
-    let expected = "mirror.example:80 mirror.example:8443 host:3142 deb.debian.org:80 second.example:443 192.168.1.5:80 \
+    let expected = "mirror.example:80 mirror.example:8443 host:3142 first.example:80 second.example:443 192.168.1.5:80 \
         proxy.example:3128";
     assert_eq!(rules.join(" "), expected);
     // What is no server of HTTP is reported, without its URL.

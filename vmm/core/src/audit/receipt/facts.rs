@@ -50,7 +50,7 @@ impl Facts {
         }
     }
 
-    /// A change of the rules that succeeded continues the list. Without the rules of the creation there is none.
+    /// A change of the rules that succeeded continues the list. Without the rules of the creation the list stays empty.
     fn take_act(&mut self, line: &Line) {
         let record = &line.record;
         if record.stage != b"outcome" || record.result != b"success" {
