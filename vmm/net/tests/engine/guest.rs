@@ -91,6 +91,8 @@ impl Guest {
     pub fn dial_to(&mut self, address: IpAddress, port: u16) -> SocketHandle {
         let buffer = || SocketBuffer::new(vec![0; 128 * 1024]);
         let mut socket = Socket::new(buffer(), buffer());
+        // Otherwise a socket that is freed leaves the other end's last segment unacknowledged.
+        socket.set_ack_delay(None);
         self.next_port += 1;
         socket.connect(self.interface.context(), (address, port), self.next_port).unwrap();
         self.sockets.add(socket)
@@ -99,7 +101,11 @@ impl Guest {
     /// A connection that is established.
     pub fn connect(&mut self, port: u16) -> SocketHandle {
         let socket = self.dial(port);
-        self.until("a connection", |guest| (guest.socket(socket).state() == State::Established).then_some(()));
+        self.until("a connection", |guest| {
+            let state = guest.socket(socket).state();
+            assert!(state != State::Closed, "the connection was refused: {:?}", guest.denials.try_recv());
+            (state == State::Established).then_some(())
+        });
         socket
     }
 
