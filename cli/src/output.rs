@@ -134,13 +134,22 @@ pub fn json<T: Serialize>(value: &T, pretty: bool) -> String {
 pub fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut cells: Vec<[String; N]> = vec![head.map(str::to_owned)];
     cells.extend(rows.into_iter().map(|row| row.map(|cell| line(&cell))));
-    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..N).map(width).collect();
-    let mut out = String::new();
+    let mut widths = [0; N];
     for row in &cells {
-        let padded = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
-        let joined = padded.collect::<Vec<_>>().join("  ");
-        out.push_str(joined.trim_end());
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut out = String::with_capacity(cells.len() * (widths.iter().sum::<usize>() + 2 * N));
+    for row in &cells {
+        let last = row.iter().rposition(|cell| !cell.is_empty()).map_or(0, |last| last + 1);
+        for (column, (cell, width)) in row.iter().zip(widths).take(last).enumerate() {
+            out.push_str(cell);
+            if column + 1 < last {
+                let blanks = width - cell.chars().count() + 2;
+                out.extend(std::iter::repeat_n(' ', blanks));
+            }
+        }
         out.push('\n');
     }
     out

@@ -38,6 +38,10 @@ fn shown(c: char) -> String {
 
 /// One line of text, every control visible, line ends too.
 pub fn line(text: &str) -> String {
+    // Most text is this, and lists have thousands of cells.
+    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return text.to_owned();
+    }
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if is_harmful(c) { push_visible(c, &mut out) } else { out.push(c) }
