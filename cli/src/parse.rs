@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use jiff::{SignedDuration, Timestamp};
+use nido_api::NetLimitKey;
 use nido_api::error::{Code, Error, Hint};
 use nido_server::sanitize;
 
@@ -112,6 +113,19 @@ pub fn label(text: &str) -> Result<(String, String), Error> {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err(wrong(text, "a label", "write KEY=VALUE, for example role=web")),
     }
+}
+
+/// A limit of a VM's network: `KEY=VALUE`.
+pub fn net_limit(text: &str) -> Result<(NetLimitKey, u64), Error> {
+    let keys = || NetLimitKey::ALL.map(NetLimitKey::word).join(", ");
+    let fail = || wrong(text, "a limit of the network", &format!("write KEY=VALUE, with one of {}", keys()));
+    let (key, value) = text.split_once('=').ok_or_else(fail)?;
+    let key = NetLimitKey::ALL.into_iter().find(|known| known.word() == key).ok_or_else(fail)?;
+    if key.is_bytes() {
+        return Ok((key, size(value)?));
+    }
+    let number = value.parse().map_err(|_| wrong(text, "a limit of the network", "write a number, for example 64"))?;
+    Ok((key, number))
 }
 
 /// A variable for the guest: `KEY=VALUE`, or `KEY` for the value it has here (`own` reads that).

@@ -38,8 +38,8 @@ const VM_FIELDS: [&str; 30] = [
 ];
 
 /// Fields that are there only where they apply.
-const OPTIONAL_FIELDS: [&str; 7] =
-    ["allow", "disk_quota_bytes", "host_limits", "limits_hit", "network", "presets", "secrets"];
+const OPTIONAL_FIELDS: [&str; 8] =
+    ["allow", "disk_quota_bytes", "host_limits", "limits_hit", "net_limits", "network", "presets", "secrets"];
 
 #[track_caller]
 fn has(value: &Value, fields: &[&str]) {

@@ -1,5 +1,8 @@
 //! Limits on a VM's life, kept by its supervisor.
 
+use std::io::Read as _;
+use std::net::TcpListener;
+
 use crate::rig::{TestHome, eventually};
 
 #[test]
@@ -39,6 +42,46 @@ fn a_guest_that_fills_its_disk_quota_sees_errors_and_keeps_running() {
     assert_eq!(events.lines().count(), 1, "{events}");
     // A snapshot has the memory, too.
     home.nido(["snapshot", "create", "web", "one"]).problem(1, "limit_exceeded");
+}
+
+#[test]
+fn a_guest_that_has_sent_its_bytes_has_no_network_until_it_is_started_again() {
+    const LIMIT: u64 = 8 << 20;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            std::thread::spawn(move || while client.read(&mut [0; 65_536]).is_ok_and(|count| count > 0) {});
+        }
+    });
+    let home = TestHome::new();
+    let rule = format!("host:{port}");
+    let vm = home.spawn("web", &["--net", "restricted", "--allow", &rule, "--net-limit", "sent=8M"]);
+    assert_eq!(vm.info()["net_limits"], serde_json::json!({ "sent_bytes": LIMIT }));
+    // Sends so many MiB, and reports how that ended.
+    let send = |mib: u32| {
+        let program = format!(
+            "import socket, errno\n\
+             try:\n s = socket.create_connection(('10.0.2.2', {port}), 20)\n s.sendall(bytes({mib} << 20))\n\
+             \x20s.shutdown(1)\n s.recv(1)\n print('sent')\n\
+             except OSError as e: print(errno.errorcode.get(e.errno, type(e).__name__))"
+        );
+        vm.exec(["python3", "-c", &program]).text()
+    };
+    let sent = || vm.info()["network"]["sent_bytes"].as_u64();
+    assert_eq!((send(5).as_str(), sent()), ("sent", Some(5 << 20)));
+    vm.kill_supervisor();
+    let counted = eventually("the next supervisor", sent);
+    assert!(counted <= 5 << 20 && counted + (16 << 10) > 5 << 20, "{counted}");
+    assert!(["ECONNRESET", "EPIPE"].contains(&send(5).as_str()));
+    assert_eq!(sent(), Some(LIMIT));
+    assert_eq!(send(1), "ECONNREFUSED");
+    let info = vm.info();
+    let (hit, denial) = (&info["limits_hit"][0], &info["network"]["denials"][0]);
+    assert_eq!((&hit["kind"], &hit["evidence"]["sent_bytes"]), (&"egress_bytes".into(), &LIMIT.into()), "{info:#}");
+    assert_eq!(denial["reason"], "byte_limit", "{info:#}");
+    vm.nido("restart", &[]).ok();
+    assert_eq!(send(1), "sent");
 }
 
 #[test]

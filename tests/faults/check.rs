@@ -38,7 +38,7 @@ const HOME_FILES: [&str; 22] = [
     "guardian.lock",
 ];
 /// The files in the directory of a stopped VM. Sockets of a supervisor that was killed may.
-const VM_FILES: [&str; 18] = [
+const VM_FILES: [&str; 19] = [
     "vm.json",
     "supervisor.lock",
     "vm.lock",
@@ -56,6 +56,7 @@ const VM_FILES: [&str; 18] = [
     "supervisor.log.1",
     "unwritten.json",
     "names.json",
+    "traffic",
     "authority.sealed",
 ];
 

@@ -47,6 +47,7 @@ mod mcp_messages;
 mod mcp_protocol;
 mod mcp_spec;
 mod mcp_tools;
+mod net_limits;
 mod network;
 mod network_rules;
 mod paused;

@@ -97,10 +97,11 @@ const BLOCKING_CALLS: [&str; 34] = [
 /// How the supervisor runs a job: what stands in the brackets is run by another thread.
 const JOB_CALLS: [&str; 4] = ["jobs.start(", "jobs::run(", "jobs::run_within(", "self.job("];
 /// Files of the supervisor whose functions are called in jobs, by commands, or before the event loop begins.
-const BLOCKING_FILES: [&str; 5] = [
+const BLOCKING_FILES: [&str; 6] = [
     "vmm/supervisor/src/context/",
     "vmm/supervisor/src/jobs/",
     "vmm/supervisor/src/name_pins.rs",
+    "vmm/supervisor/src/traffic.rs",
     "vmm/supervisor/src/unwritten.rs",
     "vmm/supervisor/src/vm_record.rs",
 ];

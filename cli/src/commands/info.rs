@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use nido_api::egress::{Denial, NetworkInfo};
-use nido_api::{EgressRule, PresetRules, VmInfo, VmList};
+use nido_api::{EgressRule, NetLimitKey, NetLimits, PresetRules, VmInfo, VmList};
 
 use super::Context;
 use super::ls::between;
@@ -75,6 +75,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         some("allow", Some(rule.to_string()));
     }
     facts.extend(preset_rules(&vm.presets));
+    facts.extend(limits(&vm.net_limits));
     facts.extend(vm.network.as_ref().map(|network| traffic(network, as_option)).unwrap_or_default());
     let mut some = |key, value: Option<String>| facts.extend(value.map(|value| (key, value)));
     some("address", vm.ip_address.clone());
@@ -127,7 +128,16 @@ fn machine(vm: &VmInfo) -> impl Iterator<Item = (&'static str, String)> {
     facts.into_iter().filter_map(|(key, value)| Some((key, value?)))
 }
 
-/// What the network has done, and what it refused; `remedy` says how a rule is added.
+/// The limits of the network that are not the usual ones.
+pub(super) fn limits(limits: &NetLimits) -> Option<(&'static str, String)> {
+    let shown = |(key, value): (NetLimitKey, u64)| {
+        format!("{} {}", key.word(), if key.is_bytes() { show_bytes(value) } else { value.to_string() })
+    };
+    let words: Vec<_> = limits.iter().map(shown).collect();
+    (!words.is_empty()).then(|| ("net limits", words.join(", ")))
+}
+
+/// The presets of the network, each with its rules.
 pub(super) fn preset_rules(presets: &[PresetRules]) -> Vec<(&'static str, String)> {
     let of_one = |preset: &PresetRules| {
         let rules = preset.rules.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
@@ -136,6 +146,7 @@ pub(super) fn preset_rules(presets: &[PresetRules]) -> Vec<(&'static str, String
     presets.iter().map(of_one).collect()
 }
 
+/// What the network has done, and what it refused; `remedy` says how a rule is added.
 pub(super) fn traffic(network: &NetworkInfo, remedy: impl Fn(&EgressRule) -> String) -> Vec<(&'static str, String)> {
     let NetworkInfo { sent_bytes, received_bytes, open, denied, denials, .. } = network;
     let bytes = format!("{} sent, {} received, {open} open", show_bytes(*sent_bytes), show_bytes(*received_bytes));

@@ -8,7 +8,7 @@ use nido_api::{AllowEntry, EgressRule, PresetInfo, PresetList, PresetName, RuleC
 use serde_json::json;
 
 use super::Context;
-use super::info::{preset_rules, traffic};
+use super::info::{limits, preset_rules, traffic};
 use crate::exit::{Exit, Outcome};
 use crate::output::{pairs, table};
 
@@ -98,6 +98,7 @@ fn facts(name: &VmName, shown: &VmNetwork) -> Vec<(&'static str, String)> {
     let mut facts = vec![("network", shown.net.name().to_owned())];
     facts.extend(shown.allow.iter().map(|rule| ("allow", rule.to_string())));
     facts.extend(preset_rules(&shown.presets));
+    facts.extend(limits(&shown.limits));
     let remedy = |rule: &EgressRule| format!("nido net allow {name} '{rule}'");
     facts.extend(shown.network.as_ref().map(|network| traffic(network, remedy)).unwrap_or_default());
     facts.extend(shown.warnings.iter().map(|warning| ("warning", warning.clone())));

@@ -5,8 +5,8 @@ use nido_api::egress::split_entries;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
-    AccelChoice, AllowEntry, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, SecretUse, StartPath,
-    StartRequest, VmInfo, VmSpec,
+    AccelChoice, AllowEntry, BakeRequest, ForwardSpec, MachineChoice, NetChoice, NetLimitKey, NetLimits, PathChoice,
+    SecretUse, StartPath, StartRequest, VmInfo, VmSpec,
 };
 
 use crate::output::Output;
@@ -32,6 +32,10 @@ pub struct VmArgs {
     /// preset, see nido net presets); may be repeated [default ports: 80,443]
     #[arg(long, value_name = "TARGET[:PORTS][/udp]|@PRESET")]
     allow: Vec<AllowEntry>,
+    /// Limit the network: connections, new-connections (a second), udp, questions (for names, a second), or, in bytes since
+    /// the start, sent and received; may be repeated [default: 512, 200, 128, 50, no limit]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::net_limit)]
+    net_limit: Vec<(NetLimitKey, u64)>,
     /// Put a secret into this header of requests to this host, in place of nido-secret-NAME; may be repeated [default header:
     /// authorization]
     #[arg(long, value_name = "NAME@HOST[:HEADER]")]
@@ -130,6 +134,8 @@ impl VmArgs {
         let defaults = VmSpec::named(name);
         let machine = self.machine.bake();
         let (allow, presets) = split_entries(self.allow);
+        let mut net_limits = NetLimits::default();
+        self.net_limit.into_iter().for_each(|(key, value)| net_limits.set(key, value));
         VmSpec {
             template: self.template.unwrap_or(defaults.template),
             cpus: machine.cpus.unwrap_or(defaults.cpus),
@@ -138,6 +144,7 @@ impl VmArgs {
             disk_quota_bytes: self.disk_quota,
             net: machine.net,
             allow,
+            net_limits,
             presets,
             secrets: self.secret,
             machine: machine.machine,

@@ -80,8 +80,8 @@ const DESCRIPTIONS: [(&str, &str); 14] = [
     ("ttl_seconds", "Stop after so many seconds."),
     ("idle_seconds", "Or after seconds unused."),
 ];
-/// A field of a new VM that no tool has: the size of what a model reads is limited.
-const RESTART: &str = "restart";
+/// Fields of a new VM that no tool has, because the size of what a model reads is limited; and the options that set them.
+pub const USER_FIELDS: [(&str, &str); 2] = [("restart", "--restart"), ("net_limits", "--net-limit")];
 const EPHEMERAL: &str = "Delete when it stops, and with this session.";
 const PORTS: &str = "Published, HOST:GUEST.";
 /// The field that holds network rules.
@@ -121,7 +121,7 @@ fn without(left_out: &[&str]) -> Value {
         properties.insert(OUTLIVES_SESSION.into(), outlives);
         let ports = json!({ "type": "array", "items": { "type": "string" }, "description": PORTS });
         properties["forwards"][schema::LISTED_AS] = ports;
-        properties.remove(RESTART);
+        USER_FIELDS.iter().for_each(|(name, _)| drop(properties.remove(*name)));
         properties.retain(|name, _| !left_out.contains(&name.as_str()));
     }
     schema
@@ -145,10 +145,9 @@ impl NewVm {
             );
             return Err(Error::new(Code::SpecInvalid, words));
         }
-        if given.get(RESTART).is_some() {
-            let words = format!(
-                "{RESTART}: there is no such argument; a user sets it, with nido create --restart or over REST"
-            );
+        if let Some((name, option)) = USER_FIELDS.iter().find(|(name, _)| given.get(name).is_some()) {
+            let words =
+                format!("{name}: there is no such argument; a user sets it, with nido create {option} or over REST");
             return Err(Error::new(Code::SpecInvalid, words));
         }
         let outlives = given.as_object_mut().and_then(|given| given.remove(OUTLIVES_SESSION));

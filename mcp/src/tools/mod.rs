@@ -154,12 +154,13 @@ impl Tool {
     /// Arguments that its schema does not have and that are passed on: an approval, and those for which the tool reports why it does not
     /// have them.
     pub(crate) fn also_accepts(&self) -> Vec<&'static str> {
-        let explained: &[&str] = match self.name() {
-            "vm_spawn" => &creation::SPAWN_ONLY_FIELDS,
-            "vm_create" => &creation::START_FIELDS,
-            _ => &[],
+        let user_fields = creation::USER_FIELDS.map(|(name, _)| name);
+        let explained: [&[&str]; 2] = match self.name() {
+            "vm_spawn" => [&creation::SPAWN_ONLY_FIELDS, &user_fields],
+            "vm_create" => [&creation::START_FIELDS, &user_fields],
+            _ => [&[], &[]],
         };
-        [&[APPROVAL_ID], explained].concat()
+        [&[APPROVAL_ID][..], explained[0], explained[1]].concat()
     }
 
     /// What is to be done, of arguments as they were read.

@@ -20,6 +20,8 @@ pub enum LimitKind {
     Disk,
     /// Connections of the guest's network that are open at once, or opened in a second.
     Flows,
+    /// Bytes that the guest has sent or received over its network.
+    EgressBytes,
     /// Time, in milliseconds: `--ttl` or `--idle`.
     Time,
 }
@@ -33,6 +35,7 @@ impl LimitKind {
             Self::Processes => "processes",
             Self::Disk => "disk",
             Self::Flows => "flows",
+            Self::EgressBytes => "egress_bytes",
             Self::Time => "time",
         }
     }
@@ -81,6 +84,7 @@ impl LimitHit {
     pub fn describe(&self) -> String {
         let limit = match (self.limit, self.kind) {
             (Some(bytes), kind) if kind.is_bytes() => format!(" (limit {} MiB)", bytes >> 20),
+            (Some(bytes), LimitKind::EgressBytes) => format!(" (limit {bytes} bytes)"),
             (Some(ms), LimitKind::Time) => format!(" (limit {} s)", ms / 1000),
             (Some(limit), _) => format!(" (limit {limit})"),
             (None, _) => String::new(),
@@ -116,6 +120,8 @@ mod tests {
     #[test]
     fn descriptions_have_units() {
         assert_eq!(LimitHit::new(LimitKind::Time, Some(3000), "over").describe(), "time (limit 3 s): over");
+        let sent = LimitHit::new(LimitKind::EgressBytes, Some(1000), "sent").describe();
+        assert_eq!(sent, "egress_bytes (limit 1000 bytes): sent");
         assert_eq!(LimitHit::new(LimitKind::Disk, Some(1 << 30), "full").describe(), "disk (limit 1024 MiB): full");
     }
 }

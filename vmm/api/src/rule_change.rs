@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::egress::{AllowEntry, NetworkInfo, PresetRules, effective_rules};
-use super::{EGRESS_RULES_MAX, EgressRule, NetChoice, VmSpec};
+use super::{EGRESS_RULES_MAX, EgressRule, NetChoice, NetLimits, VmSpec};
 use crate::error::{Code, Error, Hint, Result};
 use crate::operation as op;
 
@@ -22,7 +22,10 @@ pub struct VmNetwork {
     /// Presets, with the rules that they add. Absent: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub presets: Vec<PresetRules>,
-    /// What it has done since its supervisor started. Absent for a VM that does not run or has no network.
+    /// Its limits. Absent: the defaults.
+    #[serde(default, skip_serializing_if = "NetLimits::is_empty")]
+    pub limits: NetLimits,
+    /// What it has done. Absent for a VM that does not run or has no network.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub network: Option<NetworkInfo>,

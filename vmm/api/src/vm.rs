@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::egress::{AllowEntry, PresetRules, effective_rules, split_entries};
-use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, SecretUse};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, NetLimits, SecretUse};
 use crate::error::Error;
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
@@ -92,6 +92,9 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 256)]
     pub allow: Vec<EgressRule>,
+    /// Limits of the network. Absent: the defaults.
+    #[serde(default, skip_serializing_if = "NetLimits::is_empty")]
+    pub net_limits: NetLimits,
     /// Presets whose rules it has in addition. In a request they are in `allow`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub presets: Vec<PresetRules>,
@@ -169,6 +172,7 @@ impl VmSpec {
             disk_quota_bytes: None,
             net: NetChoice::default(),
             allow: Vec::new(),
+            net_limits: NetLimits::default(),
             presets: Vec::new(),
             secrets: Vec::new(),
             machine: MachineChoice::default(),
@@ -241,6 +245,9 @@ pub struct SpawnRequest {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 256)]
     pub allow: Vec<AllowEntry>,
+    /// Limits of the network. Absent: the defaults.
+    #[serde(default, skip_serializing_if = "NetLimits::is_empty")]
+    pub net_limits: NetLimits,
     /// Machine type.
     #[serde(default)]
     pub machine: MachineChoice,
@@ -311,6 +318,7 @@ impl SpawnRequest {
             disk_quota_bytes: self.disk_quota_bytes,
             net: self.net,
             allow,
+            net_limits: self.net_limits,
             presets,
             secrets: Vec::new(),
             machine: self.machine,

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::egress::NetworkInfo;
-use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, PresetRules, SecretUse};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, NetLimits, PresetRules, SecretUse};
 use crate::host_limits::HostLimits;
 use crate::limit_hit::LimitHit;
 use crate::name::{TemplateName, VmName};
@@ -62,6 +62,9 @@ pub struct VmInfo {
     /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition. Absent: no rules.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<EgressRule>,
+    /// Limits of the network. Absent: the defaults.
+    #[serde(default, skip_serializing_if = "NetLimits::is_empty")]
+    pub net_limits: NetLimits,
     /// Presets of the network, with the rules that they add. Absent: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub presets: Vec<PresetRules>,
@@ -97,7 +100,7 @@ pub struct VmInfo {
     pub expires_at: Option<Timestamp>,
     /// When it will have been idle for too long, if it is not used until then.
     pub idle_at: Option<Timestamp>,
-    /// What its network has done since its supervisor started. Absent in lists, and for a VM that does not run or has none.
+    /// What its network has done. Absent in lists, and for a VM that does not run or has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub network: Option<NetworkInfo>,

@@ -59,6 +59,8 @@ pub const SNAPSHOTS: &str = "snapshots";
 pub const UNWRITTEN: &str = "unwritten.json";
 /// The addresses that the guest has resolved names to.
 pub const NAME_PINS: &str = "names.json";
+/// How many bytes the guest has sent and received since its start.
+pub const TRAFFIC: &str = "traffic";
 /// The VM's disk: an overlay on the template's.
 pub const DISK: &str = "disk.qcow2";
 /// Its disk while that is made.

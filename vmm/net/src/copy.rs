@@ -101,6 +101,10 @@ pub async fn copy(shared: &Rc<Shared>, key: FlowKey, syn: Vec<u8>, packets: Pack
             shared.deny_connection(key.remote, DenialReason::ConnectionLimit, None);
             copy.reset_guest().await;
         }
+        End::OverByteLimit => {
+            shared.deny_connection(key.remote, DenialReason::ByteLimit, None);
+            copy.reset_guest().await;
+        }
         End::Refused(reason, name) => {
             shared.deny_connection(key.remote, reason, name);
             copy.reset_guest().await;
@@ -120,6 +124,8 @@ enum End {
     HostReset,
     /// All connections together hold too much.
     OutOfMemory,
+    /// A limit of bytes is reached.
+    OverByteLimit,
     /// The rules no longer allow it.
     Revoked,
     /// Its first bytes are not what the rules allow.
@@ -219,13 +225,14 @@ impl Copy<'_> {
     fn send(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         while self.stack.can_receive() {
+            let left = self.sent_left()?;
             let host = &mut self.host;
-            let written = self.stack.take(|bytes| match host.poll_write(context, bytes) {
+            let written = self.stack.take(|bytes| match host.poll_write(context, &bytes[..bytes.len().min(left)]) {
                 Poll::Ready(Ok(count)) => (count, Poll::Ready(Ok(count))),
                 other => (0, other),
             });
             match written.map_err(|_| End::GuestReset)? {
-                Poll::Ready(Ok(count)) => self.shared.counters.add_sent(count),
+                Poll::Ready(Ok(count)) => self.shared.count_sent(count),
                 Poll::Ready(Err(_)) => return Err(End::HostReset),
                 Poll::Pending => return Ok(moved),
             }
@@ -234,16 +241,25 @@ impl Copy<'_> {
         Ok(moved)
     }
 
+    /// How many bytes more the guest may send.
+    fn sent_left(&self) -> Result<usize, End> {
+        match self.shared.traffic.sent_left() {
+            0 => Err(End::OverByteLimit),
+            left => Ok(left),
+        }
+    }
+
     /// Passes on what the guest has sent, as far as the gate admits it.
     fn send_admitted(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         loop {
             while self.admitted > 0 {
-                match self.host.poll_write(context, &self.pending[..self.admitted]) {
+                let length = self.admitted.min(self.sent_left()?);
+                match self.host.poll_write(context, &self.pending[..length]) {
                     Poll::Ready(Ok(count)) => {
                         self.pending.drain(..count);
                         self.admitted -= count;
-                        self.shared.counters.add_sent(count);
+                        self.shared.count_sent(count);
                     }
                     Poll::Ready(Err(_)) => return Err(End::HostReset),
                     Poll::Pending => return Ok(moved),
@@ -317,9 +333,14 @@ impl Copy<'_> {
     fn receive(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
         let mut moved = false;
         while !self.sent && self.stack.can_send() && self.memory.allows(self.stack.queued()) {
+            let left = match self.shared.traffic.received_left() {
+                0 => return Err(End::OverByteLimit),
+                left => left,
+            };
             let host = &mut self.host;
             let read = self.stack.fill(|room| {
-                let mut buffer = ReadBuf::new(room);
+                let length = room.len().min(left);
+                let mut buffer = ReadBuf::new(&mut room[..length]);
                 match host.poll_read(context, &mut buffer) {
                     Poll::Ready(Ok(())) => (buffer.filled().len(), Poll::Ready(Ok(buffer.filled().len()))),
                     Poll::Ready(Err(error)) => (0, Poll::Ready(Err(error))),
@@ -331,7 +352,7 @@ impl Copy<'_> {
                     self.sent = true;
                     self.stack.close();
                 }
-                Poll::Ready(Ok(count)) => self.shared.counters.add_received(count),
+                Poll::Ready(Ok(count)) => self.shared.count_received(count),
                 Poll::Ready(Err(_)) => return Err(End::HostReset),
                 Poll::Pending => return Ok(moved),
             }

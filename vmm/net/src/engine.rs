@@ -12,7 +12,6 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
-use std::time::Instant;
 
 use nido_api::egress::{DenialReason, DeniedProtocol, DomainName, Protocol};
 use smoltcp::wire::TcpPacket;
@@ -151,12 +150,7 @@ impl Shared {
                 (Verdict::Denied(reason, name), _) => return Err((reason, name)),
             }
         };
-        if self.tcp.count() >= self.limits.tcp_flows {
-            return Err((DenialReason::ConnectionLimit, None));
-        }
-        if !self.new_flows.take(Instant::now()) {
-            return Err((DenialReason::RateLimit, None));
-        }
+        self.admit_flow(self.tcp.count(), self.limits.tcp_flows).map_err(|reason| (reason, None))?;
         Ok(target)
     }
 
@@ -173,12 +167,18 @@ impl Shared {
         }
         let is_question = is_name_server(key.remote.ip()) && key.remote.port() == DNS_PORT;
         if is_question {
+            if self.is_over_byte_limit() {
+                self.deny_packet(packet, DeniedProtocol::Dns, None, DenialReason::ByteLimit, None);
+                return Some(packet::unreachable(packet, router(packet.destination), Unreachable::Port));
+            }
             let message = datagram(packet.payload)?.to_vec();
             self.exchange(async move |shared| {
+                shared.count_sent(message.len());
                 let response = match shared.mode() {
                     Mode::Nat => name_service::relay(&message, &resolver::servers_of_host()).await?,
                     Mode::Restricted => name_service::respond(&shared, &message).await?,
                 };
+                shared.count_received(response.len());
                 Some(packet::udp(key.remote, key.guest, &response))
             });
             return None;
@@ -203,12 +203,7 @@ impl Shared {
             Verdict::Allowed(target) | Verdict::ByName(target, _) => target,
             Verdict::Denied(reason, name) => return Err((reason, name)),
         };
-        if self.udp.count() >= self.limits.udp_flows {
-            return Err((DenialReason::ConnectionLimit, None));
-        }
-        if !self.new_flows.take(Instant::now()) {
-            return Err((DenialReason::RateLimit, None));
-        }
+        self.admit_flow(self.udp.count(), self.limits.udp_flows).map_err(|reason| (reason, None))?;
         Ok(target)
     }
 
@@ -226,14 +221,19 @@ impl Shared {
         let reason = match self.decide((packet.destination, 0).into(), Protocol::Tcp).0 {
             _ if self.mode() == Mode::Restricted => Some(DenialReason::ProtocolNotAllowed),
             Verdict::Denied(reason, _) => Some(reason),
-            Verdict::Allowed(_) | Verdict::ByName(..) => None,
+            Verdict::Allowed(_) | Verdict::ByName(..) => self.is_over_byte_limit().then_some(DenialReason::ByteLimit),
         };
         if let Some(reason) = reason {
             self.deny_packet(packet, DeniedProtocol::Icmp, None, reason, None);
             return Some(packet::unreachable(packet, router(packet.destination), Unreachable::Prohibited));
         }
-        let request = packet.bytes.to_vec();
-        self.exchange(async move |_| ping::run(&request).await);
+        let (request, length) = (packet.bytes.to_vec(), packet.payload.len());
+        self.exchange(async move |shared| {
+            shared.count_sent(length);
+            let reply = ping::run(&request).await?;
+            shared.count_received(length);
+            Some(reply)
+        });
         None
     }
 

@@ -9,6 +9,7 @@
 //! keep another VM's network from working; no rule, no connection.
 
 mod authority;
+mod byte_limits;
 mod copy;
 mod credentials;
 mod denials;
@@ -34,6 +35,7 @@ mod shared;
 mod stack;
 pub mod subnet;
 mod tasks;
+pub mod traffic;
 mod udp;
 
 pub use authority::Authority;
@@ -41,3 +43,4 @@ pub use credentials::{Credentials, SecretSource};
 pub use network::Network;
 pub use policy::{Mode, Policy};
 pub use shared::{Limits, Report, Reports, Settings};
+pub use traffic::{ByteLimit, Count, TrafficFile};

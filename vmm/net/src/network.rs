@@ -48,7 +48,7 @@ impl Network {
         };
         let run = move || {
             let serve = async move {
-                let shared = Shared::new(port, settings, reports.denials);
+                let shared = Shared::new(port, settings, reports.denials, reports.byte_limits);
                 let pins = Rc::clone(&shared);
                 spawn_local(async move { pins.send_pins(reports.pins).await });
                 tokio::select! {

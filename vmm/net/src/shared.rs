@@ -18,6 +18,7 @@ use crate::policy::{Mode, Policy, Verdict};
 use crate::port::Port;
 use crate::resources::{Memory, Rate};
 use crate::tasks::{FlowKey, Tasks};
+use crate::traffic::{ByteLimit, Count, Traffic, TrafficFile};
 
 /// How long after a change what the guest has resolved is sent.
 const PINS_DELAY: Duration = Duration::from_secs(1);
@@ -35,11 +36,22 @@ pub struct Limits {
     pub new_flows_per_second: u32,
     /// Questions to the name server in a second.
     pub questions_per_second: u32,
+    /// Bytes that it may send; no limit if absent.
+    pub sent_bytes: Option<u64>,
+    /// Bytes that it may receive; no limit if absent.
+    pub received_bytes: Option<u64>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { tcp_flows: 512, udp_flows: 128, new_flows_per_second: 200, questions_per_second: 50 }
+        Self {
+            tcp_flows: 512,
+            udp_flows: 128,
+            new_flows_per_second: 200,
+            questions_per_second: 50,
+            sent_bytes: None,
+            received_bytes: None,
+        }
     }
 }
 
@@ -56,6 +68,8 @@ pub struct Settings {
     pub pins: (Vec<PinRecord>, Duration),
     /// The secrets that requests get.
     pub credentials: Option<Credentials>,
+    /// What has passed before, and where the count is kept, if it is.
+    pub traffic: (Count, Option<TrafficFile>),
 }
 
 impl Settings {
@@ -63,7 +77,7 @@ impl Settings {
     #[must_use]
     pub fn new(policy: Policy) -> Self {
         let (pins, hosts) = (Default::default(), "/etc/hosts".into());
-        Self { policy, limits: Limits::default(), hosts, pins, credentials: None }
+        Self { policy, limits: Limits::default(), hosts, pins, credentials: None, traffic: Default::default() }
     }
 }
 
@@ -74,15 +88,13 @@ pub struct Reports {
     pub denials: mpsc::Sender<Denial>,
     /// What the guest has resolved, after it has changed.
     pub pins: mpsc::Sender<Vec<PinRecord>>,
+    /// A limit of bytes that was reached: when it is, and then once a minute at most, while the guest tries to use the network.
+    pub byte_limits: mpsc::Sender<ByteLimit>,
 }
 
-/// What has passed.
+/// What has happened.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Bytes that the guest has sent.
-    sent: Cell<u64>,
-    /// Bytes that it has got.
-    received: Cell<u64>,
     /// Connections that were begun.
     connections: Cell<u64>,
     /// Frames that were dropped.
@@ -90,16 +102,6 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// The guest has sent so many bytes.
-    pub fn add_sent(&self, bytes: usize) {
-        self.sent.set(self.sent.get() + bytes as u64);
-    }
-
-    /// The guest has got so many bytes.
-    pub fn add_received(&self, bytes: usize) {
-        self.received.set(self.received.get() + bytes as u64);
-    }
-
     /// A connection was begun.
     pub fn add_connection(&self) {
         self.connections.set(self.connections.get() + 1);
@@ -111,7 +113,7 @@ impl Counters {
     }
 }
 
-/// What a VM's network did since its supervisor started.
+/// What a VM's network did: bytes since its start, the rest since its supervisor started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
     /// Bytes that the guest has sent.
@@ -136,8 +138,10 @@ pub struct Report {
 pub struct Shared {
     /// The way to the guest.
     pub port: Port,
-    /// What has passed.
+    /// What has happened.
     pub counters: Counters,
+    /// The bytes that have passed, and may.
+    pub traffic: Traffic,
     /// What connections hold.
     pub memory: Memory,
     /// Connections of TCP.
@@ -162,17 +166,27 @@ pub struct Shared {
     budget: RefCell<NameBudget<EgressRule>>,
     denials: RefCell<Denials>,
     reports: mpsc::Sender<Denial>,
+    /// To whom a limit of bytes that was reached is reported.
+    pub byte_limits: mpsc::Sender<ByteLimit>,
+    /// When a limit of bytes was last reported.
+    pub byte_limit_reported: Cell<Option<Instant>>,
 }
 
 impl Shared {
     /// A network without connections.
-    pub fn new(port: Port, settings: Settings, reports: mpsc::Sender<Denial>) -> Rc<Self> {
+    pub fn new(
+        port: Port,
+        settings: Settings,
+        reports: mpsc::Sender<Denial>,
+        byte_limits: mpsc::Sender<ByteLimit>,
+    ) -> Rc<Self> {
         let (limits, now) = (settings.limits, Instant::now());
         let mut pins = Pins::default();
         pins.import(&settings.pins.0, settings.pins.1, now);
         Rc::new(Self {
             port,
             counters: Counters::default(),
+            traffic: Traffic::new(settings.traffic.0, limits.sent_bytes, limits.received_bytes, settings.traffic.1),
             memory: Memory::default(),
             tcp: Rc::default(),
             udp: Rc::default(),
@@ -188,6 +202,8 @@ impl Shared {
             budget: RefCell::default(),
             denials: RefCell::default(),
             reports,
+            byte_limits,
+            byte_limit_reported: Cell::new(None),
         })
     }
 
@@ -208,6 +224,12 @@ impl Shared {
     pub fn deny_connection(&self, remote: SocketAddr, reason: DenialReason, name: Option<String>) {
         let (address, port) = (Some(remote.ip()), Some(remote.port()));
         self.deny(Refused { protocol: DeniedProtocol::Tcp, name, address, port, reason });
+    }
+
+    /// A datagram was refused after others had passed.
+    pub fn deny_datagram(&self, remote: SocketAddr, reason: DenialReason) {
+        let (address, port) = (Some(remote.ip()), Some(remote.port()));
+        self.deny(Refused { protocol: DeniedProtocol::Udp, name: None, address, port, reason });
     }
 
     /// What holds without a rule.
@@ -319,9 +341,10 @@ impl Shared {
     pub fn report(&self) -> Report {
         let denials = self.denials.borrow();
         let (listed, other_denials) = denials.list();
+        let passed = self.traffic.count();
         Report {
-            sent_bytes: self.counters.sent.get(),
-            received_bytes: self.counters.received.get(),
+            sent_bytes: passed.sent,
+            received_bytes: passed.received,
             connections: self.counters.connections.get(),
             open: self.tcp.count() + self.udp.count(),
             dropped_frames: self.counters.dropped.get() + self.port.lost(),

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
+use nido_api::egress::DenialReason;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
@@ -36,7 +37,12 @@ pub async fn run(shared: Rc<Shared>, key: FlowKey, target: SocketAddr, mut packe
                 let Some(data) = parse_packet(&packet).ok().and_then(|packet| datagram(packet.payload)) else {
                     continue;
                 };
-                shared.counters.add_sent(data.len());
+                // Packets may have waited when the limit was reached.
+                if shared.is_over_byte_limit() {
+                    shared.deny_datagram(key.remote, DenialReason::ByteLimit);
+                    return report(&shared, Some(&packet)).await;
+                }
+                shared.count_sent(data.len());
                 // An error of a datagram before is reported by the next call.
                 if socket.send(data).await.is_err() {
                     report(&shared, Some(&packet)).await;
@@ -44,7 +50,7 @@ pub async fn run(shared: Rc<Shared>, key: FlowKey, target: SocketAddr, mut packe
                 last = Some(packet);
             }
             Ok(Some(Step::Received(Ok(length)))) if length <= MTU - HEADERS => {
-                shared.counters.add_received(length);
+                shared.count_received(length);
                 shared.port.send(&packet::udp(key.remote, key.guest, &buffer[..length])).await;
             }
             Ok(Some(Step::Received(Ok(_)))) => {}

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
-    AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, SecretUse, VmSpec,
+    AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, NetLimits, PresetRules, SecretUse, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,8 @@ struct StoredSpec {
     net: NetChoice,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     allow: Vec<EgressRule>,
+    #[serde(default, skip_serializing_if = "StoredNetLimits::is_empty")]
+    net_limits: StoredNetLimits,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     presets: Vec<PresetRules>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -64,6 +66,44 @@ struct StoredSpec {
     labels: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     lease: Option<LeaseId>,
+}
+
+/// The API's type is strict about unknown fields.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+struct StoredNetLimits {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connections: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    new_connections: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    udp: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    questions: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sent_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    received_bytes: Option<u64>,
+}
+
+impl StoredNetLimits {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl From<NetLimits> for StoredNetLimits {
+    fn from(limits: NetLimits) -> Self {
+        let NetLimits { connections, new_connections, udp, questions, sent_bytes, received_bytes } = limits;
+        Self { connections, new_connections, udp, questions, sent_bytes, received_bytes }
+    }
+}
+
+impl From<StoredNetLimits> for NetLimits {
+    fn from(stored: StoredNetLimits) -> Self {
+        let StoredNetLimits { connections, new_connections, udp, questions, sent_bytes, received_bytes } = stored;
+        Self { connections, new_connections, udp, questions, sent_bytes, received_bytes }
+    }
 }
 
 const fn first_format() -> u32 {
@@ -123,6 +163,7 @@ impl From<VmSpec> for StoredSpec {
             disk_quota_bytes,
             net,
             allow,
+            net_limits,
             presets,
             secrets,
             machine,
@@ -148,6 +189,7 @@ impl From<VmSpec> for StoredSpec {
             disk_quota_bytes,
             net,
             allow,
+            net_limits: net_limits.into(),
             presets,
             secrets,
             machine,
@@ -177,6 +219,7 @@ impl From<StoredSpec> for VmSpec {
             disk_quota_bytes: stored.disk_quota_bytes,
             net: stored.net,
             allow: stored.allow,
+            net_limits: stored.net_limits.into(),
             presets: stored.presets,
             secrets: stored.secrets,
             machine: stored.machine,
@@ -215,6 +258,7 @@ mod tests {
             restart: RestartPolicy::Always,
             disk_bytes: Some(1 << 30),
             disk_quota_bytes: Some(2 << 30),
+            net_limits: NetLimits { udp: Some(7), sent_bytes: Some(1 << 40), ..NetLimits::default() },
             ..spec
         }
     }
@@ -238,6 +282,7 @@ mod tests {
     fn unknown_fields_are_ignored_and_newer_formats_refused() {
         let mut stored = stored_spec(&spec()).unwrap();
         stored["future"] = json!({"a": 1});
+        stored["net_limits"]["future"] = json!(1);
         assert_eq!(read(stored.clone()).unwrap(), spec());
         stored["format"] = json!(FORMAT + 1);
         assert!(read(stored).unwrap_err().contains("newer nido"));

@@ -52,6 +52,7 @@ mod start_report;
 mod startup;
 mod state;
 mod terminate;
+mod traffic;
 mod trust;
 mod unwritten;
 pub mod vm_record;

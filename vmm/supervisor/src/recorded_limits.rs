@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::egress::{Denial, DenialReason};
 use nido_api::{LimitHit, LimitKind};
+use nido_net::ByteLimit;
 
 /// How long a limit that was recorded is not recorded again.
 const RECORD_INTERVAL: Duration = Duration::from_secs(60);
@@ -33,6 +34,18 @@ pub(super) fn of_denial(denial: &Denial) -> Option<LimitHit> {
         _ => return None,
     };
     Some(LimitHit::new(LimitKind::Flows, None, message).with("refused", denial.count))
+}
+
+/// The limit of bytes that was reached.
+pub(super) fn of_bytes(reached: &ByteLimit) -> LimitHit {
+    let message = if reached.of_sent {
+        "the guest has sent as many bytes as it may: its network is closed"
+    } else {
+        "the guest has received as many bytes as it may: its network is closed"
+    };
+    LimitHit::new(LimitKind::EgressBytes, Some(reached.limit), message)
+        .with("sent_bytes", reached.count.sent)
+        .with("received_bytes", reached.count.received)
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use nido_files::lock::HeldLock;
 use nido_files::private_dir::{make_socket_private, remove_socket};
 use nido_guest_agent::wire::Pong;
 use nido_net::names::PinRecord;
-use nido_net::{Network, Reports};
+use nido_net::{ByteLimit, Network, Reports};
 use nido_store::{Origin, Transition, VmRow};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -125,6 +125,8 @@ pub(super) enum Report {
     Resolved(Vec<PinRecord>),
     /// The network refused what the guest tried to reach.
     Denied(Box<Denial>),
+    /// The guest has sent or received as many bytes as it may.
+    ByteLimit(ByteLimit),
     /// What the kernel limits of QEMU and this supervisor.
     HostLimits(Box<HostLimits>),
     /// The network has put a secret into a request.
@@ -167,7 +169,9 @@ impl Supervisor {
         let reports = mpsc::channel(16);
         let used = pass_on(&reports.0, 16, |used| Report::SecretUsed(Box::new(used)));
         let (credentials, certificate) = context.credentials(&row, used)?.unzip();
-        let network = network::start(&row, &dir, attach, credentials, network_reports(&reports.0))?;
+        // Only its restart policy starts a VM again that a user does not.
+        let continues = attach || row.origin == Origin::Boot && context.store().restart_count(&row.id)? > 0;
+        let network = network::start(&row, &dir, (attach, continues), credentials, network_reports(&reports.0))?;
         let has_old_connections = network.is_some() && (attach || has_connections(&row.origin));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
@@ -249,7 +253,8 @@ impl Supervisor {
 /// Where the network reports what it refuses.
 fn network_reports(reports: &mpsc::Sender<Report>) -> Reports {
     let denials = pass_on(reports, 16, |denial: Denial| Report::Denied(Box::new(denial)));
-    Reports { denials, pins: pass_on(reports, 1, Report::Resolved) }
+    let byte_limits = pass_on(reports, 1, Report::ByteLimit);
+    Reports { denials, pins: pass_on(reports, 1, Report::Resolved), byte_limits }
 }
 
 /// A channel whose messages are reports.

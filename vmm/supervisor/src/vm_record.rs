@@ -12,7 +12,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::state::VmState;
 use nido_engine::home::{
     AGENT_SOCKET, AUTHORITY, CONSOLE_LOG, CONTROL_SOCKET, EARLIER_SOCKETS, GUEST_CONFIG, NAME_PINS, QEMU_DIRECTORY,
-    QEMU_LOG, SUPERVISOR_LOCK, SUPERVISOR_LOG, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
+    QEMU_LOG, SUPERVISOR_LOCK, SUPERVISOR_LOG, TRAFFIC, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
 };
 use nido_files::atomic_file::{Durability, is_temporary, write_private};
 use nido_store::{Purpose, VmRow, spec_of_stored, stored_spec};
@@ -24,7 +24,7 @@ const FORMAT: u32 = 1;
 /// The longest record that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 /// Files that hold nothing of a guest: locks, sockets, logs, configuration.
-const DISPOSABLE_FILES: [&str; 13] = [
+const DISPOSABLE_FILES: [&str; 14] = [
     SUPERVISOR_LOCK,
     VM_LOCK,
     VM_RECORD,
@@ -36,6 +36,7 @@ const DISPOSABLE_FILES: [&str; 13] = [
     SUPERVISOR_LOG,
     UNWRITTEN,
     NAME_PINS,
+    TRAFFIC,
     AUTHORITY,
     "guest.new",
 ];

@@ -38,6 +38,8 @@ pub enum DenialReason {
     ConnectionLimit,
     /// The VM opens connections, or asks for names, faster than it may.
     RateLimit,
+    /// The VM has sent, or received, as many bytes as it may.
+    ByteLimit,
 }
 
 impl DenialReason {
@@ -57,6 +59,7 @@ impl DenialReason {
             Self::SecretUnavailable => "secret_unavailable",
             Self::ConnectionLimit => "connection_limit",
             Self::RateLimit => "rate_limit",
+            Self::ByteLimit => "byte_limit",
         }
     }
 }
@@ -120,15 +123,15 @@ pub struct Denial {
     pub rule: Option<EgressRule>,
 }
 
-/// What a VM's network has done since its supervisor started.
+/// What a VM's network has done: bytes since the VM's start, the rest since its supervisor started.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default)]
 pub struct NetworkInfo {
-    /// Bytes that the guest has sent.
+    /// Bytes that the guest has sent since the VM was started.
     pub sent_bytes: u64,
-    /// Bytes that it has received.
+    /// Bytes that it has received since then.
     pub received_bytes: u64,
-    /// Connections that were begun.
+    /// Connections that were begun since its supervisor started.
     pub connections: u64,
     /// Connections, and pairs of ends of UDP, that are open.
     pub open: u64,
@@ -158,7 +161,12 @@ impl Denial {
         use DenialReason as Why;
         if matches!(
             self.reason,
-            Why::ConnectionLimit | Why::RateLimit | Why::SniMissing | Why::CertificateInvalid | Why::SecretUnavailable
+            Why::ConnectionLimit
+                | Why::RateLimit
+                | Why::ByteLimit
+                | Why::SniMissing
+                | Why::CertificateInvalid
+                | Why::SecretUnavailable
         ) {
             return None;
         }
@@ -213,6 +221,7 @@ mod tests {
             (denial(Some("example.com"), Some("10.1.2.3"), None, Why::AddressPrivate), Some("10.1.2.3")),
             (denial(Some("not a name"), None, None, Why::NameNotAllowed), None),
             (denial(None, Some("1.1.1.1"), Some(53), Why::RateLimit), None),
+            (denial(Some("example.com"), None, Some(443), Why::ByteLimit), None),
         ] {
             assert_eq!(denial.remedy().map(|rule| rule.to_string()).as_deref(), rule, "{denial:?}");
         }

@@ -90,6 +90,10 @@ impl Nido {
             // Its QEMU runs already, without one.
             return Err(Error::new(Code::TemplateMismatch, "a clone of the pool has no disk quota"));
         }
+        if !spec.net_limits.is_empty() {
+            // Its network runs already, with the usual ones.
+            return Err(Error::new(Code::TemplateMismatch, "a clone of the pool has the usual limits of its network"));
+        }
         let (host, qemu) = self.host_facts().await?;
         let manifest = self.manifest(&spec.template)?;
         let disk_bytes = disk_bytes(spec, &boot_parts(&manifest))?;

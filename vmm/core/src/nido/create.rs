@@ -118,6 +118,7 @@ async fn make_and_hold(dir: &VmDir) -> Result<HeldLock> {
 
 pub(super) fn check_spec(spec: &VmSpec) -> Result<()> {
     spec.check_rules()?;
+    spec.net_limits.check(spec.net)?;
     let long = |text: &String| text.len() > LABEL_BYTES_MAX;
     if spec.labels.len() > LABELS_MAX || spec.labels.iter().any(|(k, v)| k.is_empty() || long(k) || long(v)) {
         let rule =

@@ -208,6 +208,7 @@ impl Nido {
             disk_quota_bytes: row.spec.disk_quota_bytes,
             net: row.spec.net,
             allow: row.spec.allow.clone(),
+            net_limits: row.spec.net_limits,
             presets: row.spec.presets.clone(),
             secrets: row.spec.secrets.clone(),
             ip_address: reachable_address(row),

@@ -9,7 +9,7 @@
 use nido_api::egress::{effective_rules, split_entries};
 use nido_api::error::{Error, Hint, Result};
 use nido_api::operation as op;
-use nido_api::{AllowEntry, Grant, RuleChange, RuleChangeResult, VmNetwork, VmRef};
+use nido_api::{AllowEntry, Grant, RuleChange, RuleChangeResult, VmNetwork, VmRef, VmSpec};
 use nido_store::VmRow;
 use nido_supervisor::control::Request;
 
@@ -24,7 +24,8 @@ impl Nido {
         let row = self.current(self.resolve(vm.into())?);
         let (_, network) = self.status(&row).await;
         let warnings = row.spec.rule_warnings();
-        Ok(VmNetwork { net: row.spec.net, allow: row.spec.allow, presets: row.spec.presets, network, warnings })
+        let VmSpec { net, allow, net_limits: limits, presets, .. } = row.spec;
+        Ok(VmNetwork { net, allow, limits, presets, network, warnings })
     }
 
     /// Adds rules and presets to a VM's network. A VM that runs follows them when this returns, a stopped one from its next start.

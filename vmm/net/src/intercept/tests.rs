@@ -75,7 +75,7 @@ impl World {
         let port = Port::new(ours, "/nonexistent".into()).unwrap();
         let policy = Policy { mode: Mode::Nat, rules: Vec::new() };
         let (reports, denials) = mpsc::channel(64);
-        let shared = Shared::new(port, Settings::new(policy), reports);
+        let shared = Shared::new(port, Settings::new(policy), reports, mpsc::channel(1).0);
         let seen = Seen::default();
         Self { shared, credentials, denials, used, vm_authority, server_authority, value, seen, _qemu: qemu }
     }

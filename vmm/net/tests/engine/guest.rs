@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::egress::Denial;
 use nido_net::subnet::{GATEWAY_MAC, GATEWAY_V4, GUEST_MAC, GUEST_V4, MTU};
-use nido_net::{Limits, Mode, Network, Policy, Report, Reports, Settings};
+use nido_net::{ByteLimit, Limits, Mode, Network, Policy, Report, Reports, Settings};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
@@ -30,6 +30,8 @@ pub struct Guest {
     network: Network,
     /// What was refused, as it is reported.
     pub denials: mpsc::Receiver<Denial>,
+    /// Limits of bytes that were reached, as they are reported.
+    pub byte_limits: mpsc::Receiver<ByteLimit>,
 }
 
 impl Guest {
@@ -48,7 +50,8 @@ impl Guest {
         let engine = UnixDatagram::bind(&theirs).unwrap();
         let policy = Policy { mode, rules: rules.iter().map(|rule| rule.parse().unwrap()).collect() };
         let (denied, denials) = mpsc::channel(64);
-        let reports = Reports { denials: denied, pins: mpsc::channel(1).0 };
+        let (reached, byte_limits) = mpsc::channel(4);
+        let reports = Reports { denials: denied, pins: mpsc::channel(1).0, byte_limits: reached };
         let hosts = directory.join("hosts");
         let settings = Settings { limits, hosts, ..Settings::new(policy) };
         let network = Network::start(engine, ours.clone(), settings, reports).unwrap();
@@ -60,7 +63,7 @@ impl Guest {
         interface.routes_mut().add_default_ipv4_route(GATEWAY_V4).unwrap();
         let started = Instant::now();
         let sockets = SocketSet::new(Vec::new());
-        Self { directory, interface, link, sockets, started, next_port: 20_000, network, denials }
+        Self { directory, interface, link, sockets, started, next_port: 20_000, network, denials, byte_limits }
     }
 
     /// Moves packets until something holds.

@@ -13,18 +13,18 @@ use smoltcp::wire::IpAddress;
 use crate::guest::{Guest, TIMEOUT};
 
 /// A server for one connection after the other, and the rule that allows it.
-struct Server<T> {
-    port: u16,
-    thread: JoinHandle<T>,
+pub struct Server<T> {
+    pub port: u16,
+    pub thread: JoinHandle<T>,
 }
 
-fn serve<T: Send + 'static>(serve: impl FnOnce(TcpListener) -> T + Send + 'static) -> Server<T> {
+pub fn serve<T: Send + 'static>(serve: impl FnOnce(TcpListener) -> T + Send + 'static) -> Server<T> {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     Server { port, thread: std::thread::spawn(move || serve(listener)) }
 }
 
-fn accept(listener: &TcpListener) -> TcpStream {
+pub fn accept(listener: &TcpListener) -> TcpStream {
     let (stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     stream
@@ -35,7 +35,7 @@ fn guest_for(port: u16) -> Guest {
 }
 
 /// Bytes that differ from place to place.
-fn pattern(length: usize) -> Vec<u8> {
+pub fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|at| (at % 251) as u8).collect()
 }
 

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
-use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, PresetRules, VmSpec};
+use nido_api::{
+    AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, NetLimits, PresetRules, VmSpec,
+};
 use serde::{Deserialize, Serialize};
 
 use super::ForwardCommand;
@@ -128,8 +130,9 @@ impl From<VmOrder> for VmSpec {
             net: order.net,
             allow: order.allow,
             presets: order.presets,
-            // No clone is claimed for a VM with secrets.
+            // No clone is claimed for a VM with secrets, or with limits of its network.
             secrets: Vec::new(),
+            net_limits: NetLimits::default(),
             machine: order.machine,
             accel: order.accel,
             require_isolation: order.require_isolation,
