@@ -32,6 +32,7 @@ mod limits;
 mod names;
 mod network;
 mod pool;
+mod presets;
 mod rig;
 mod run;
 mod secrets;
