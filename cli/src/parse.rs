@@ -6,8 +6,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use jiff::{SignedDuration, Timestamp};
-use nido_api::NetLimitKey;
 use nido_api::error::{Code, Error, Hint};
+use nido_api::{AllowEntry, NetLimitKey};
 use nido_server::sanitize;
 
 const KIB: u64 = 1 << 10;
@@ -126,6 +126,11 @@ pub fn net_limit(text: &str) -> Result<(NetLimitKey, u64), Error> {
     }
     let number = value.parse().map_err(|_| wrong(text, "a limit of the network", "write a number, for example 64"))?;
     Ok((key, number))
+}
+
+/// An entry of a list of rules that bound others; `None` for the word `none`.
+pub fn allowed(word: &str) -> Result<Option<AllowEntry>, Error> {
+    if word == "none" { Ok(None) } else { word.parse().map(Some) }
 }
 
 /// A variable for the guest: `KEY=VALUE`, or `KEY` for the value it has here (`own` reads that).

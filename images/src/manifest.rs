@@ -2,6 +2,7 @@
 //! `templates/<name>.json`. Invariant: a manifest that was parsed names its parts by well-formed hashes only.
 
 use jiff::Timestamp;
+use nido_api::egress::{EGRESS_RULES_MAX, EgressRule};
 use serde::{Deserialize, Serialize};
 
 use crate::digest::is_sha256;
@@ -9,11 +10,13 @@ use crate::digest::is_sha256;
 /// Version of the manifest and of what a build makes of a recipe. A template of another version is rebuilt, so a change of
 /// the stages that must reach existing templates raises it.
 pub const FORMAT: u32 = 1;
+/// Version of a manifest with [`Manifest::allow`]: a program that does not know that field must not make VMs of the template.
+const FORMAT_WITH_RULES: u32 = 2;
 
 /// A template as published.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// [`FORMAT`] of the program that wrote it.
+    /// [`FORMAT`] of the program that wrote it, or that of a manifest with rules.
     pub format: u32,
     /// Name of the template.
     pub name: String,
@@ -40,6 +43,9 @@ pub struct Manifest {
     /// The guest saved while it ran, once for each kind of machine: what VMs are forked from. May be empty.
     #[serde(default)]
     pub bakes: Vec<Bake>,
+    /// Rules that bound those of the VMs made from it; no bound if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow: Option<Vec<EgressRule>>,
 }
 
 /// The recipe a template was built from.
@@ -212,14 +218,27 @@ impl Manifest {
     /// A sentence that describes the error.
     pub fn parse(json: &[u8]) -> Result<Self, String> {
         let manifest: Self = serde_json::from_slice(json).map_err(|error| error.to_string())?;
-        if manifest.format != FORMAT {
-            return Err(format!("its format is {}, this program reads {FORMAT}", manifest.format));
+        let format = manifest.format;
+        if !(FORMAT..=FORMAT_WITH_RULES).contains(&format) {
+            return Err(format!("its format is {format}, this program reads {FORMAT} and {FORMAT_WITH_RULES}"));
+        }
+        if (format == FORMAT_WITH_RULES) != manifest.allow.is_some() {
+            return Err(format!("its format is {format}, which does not fit whether it has rules for the network"));
+        }
+        if manifest.allow.as_ref().is_some_and(|rules| rules.len() > EGRESS_RULES_MAX) {
+            return Err(format!("it has more than {EGRESS_RULES_MAX} rules for the network"));
         }
         let malformed = manifest.all_parts().find(|(_, part, _)| !is_sha256(&part.sha256));
         if let Some((name, ..)) = malformed {
             return Err(format!("the hash of {name} is malformed"));
         }
         Ok(manifest)
+    }
+
+    /// The same with rules that bound those of its VMs.
+    #[must_use]
+    pub fn with_rules(self, allow: Option<Vec<EgressRule>>) -> Self {
+        Self { format: if allow.is_some() { FORMAT_WITH_RULES } else { FORMAT }, allow, ..self }
     }
 
     /// The manifest as it is stored: indented JSON with a line end.
@@ -273,6 +292,7 @@ pub(crate) mod tests {
             agent: AgentId { sha256: sha256(b"agent"), protocol: 1 },
             built_by: "0.1.0".to_owned(),
             bakes: Vec::new(),
+            allow: None,
         }
     }
 
@@ -280,6 +300,22 @@ pub(crate) mod tests {
     fn a_manifest_survives_the_file() {
         let manifest = sample("sandbox");
         assert_eq!(Manifest::parse(&manifest.to_json()).unwrap(), manifest);
+    }
+
+    #[test]
+    fn rules_survive_the_file_and_need_a_program_that_knows_them() {
+        for rules in [vec![], vec!["pypi.org:443".parse().unwrap()]] {
+            let manifest = sample("sandbox").with_rules(Some(rules));
+            assert_eq!(manifest.format, FORMAT_WITH_RULES);
+            assert_eq!(Manifest::parse(&manifest.to_json()).unwrap(), manifest);
+            let ignored = Manifest { format: FORMAT, ..manifest.clone() };
+            assert!(Manifest::parse(&ignored.to_json()).unwrap_err().contains("rules"));
+            assert_eq!(manifest.with_rules(None), sample("sandbox"));
+        }
+        let without = Manifest { format: FORMAT_WITH_RULES, ..sample("sandbox") };
+        assert!(Manifest::parse(&without.to_json()).unwrap_err().contains("rules"));
+        let many = vec!["host:1".parse().unwrap(); EGRESS_RULES_MAX + 1];
+        assert!(Manifest::parse(&sample("sandbox").with_rules(Some(many)).to_json()).unwrap_err().contains("256"));
     }
 
     #[test]
@@ -312,7 +348,7 @@ pub(crate) mod tests {
     #[test]
     fn another_format_is_refused_by_its_number() {
         let mut manifest = sample("sandbox");
-        manifest.format = FORMAT + 1;
+        manifest.format = FORMAT_WITH_RULES + 1;
         assert!(Manifest::parse(&manifest.to_json()).unwrap_err().contains("format"));
     }
 

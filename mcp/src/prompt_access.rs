@@ -70,7 +70,7 @@ pub fn within(limits: &Limits, vm: PromptVm) -> Result<PromptVm> {
     let is_allowed = |net: &NetChoice| limits.net.as_ref().is_none_or(|allowed| allowed.contains(net));
     let net = candidates.find(is_allowed).unwrap_or(NetChoice::Nat);
     let vm = PromptVm { memory_mib, ttl_seconds: vm.ttl_seconds.min(ttl_max), net, ..vm };
-    let (spec, _) = request(vm.arguments())?.split();
+    let (spec, _) = request(vm.arguments())?.split(tools::DEFAULT_NET);
     limits.check(&spec, 0).map(|()| vm)
 }
 

@@ -337,7 +337,7 @@ mod tests {
         nowhere(&schema, &|part| part.get("$ref").is_some() || part == "null" || part.is_null());
         assert_eq!(schema["type"], "object");
         assert_eq!(schema["properties"]["net"]["type"], "string");
-        assert_eq!(schema["properties"]["net"]["description"], "Network.");
+        assert!(schema["properties"]["net"]["description"].as_str().unwrap().starts_with("Network."));
     }
 
     #[test]

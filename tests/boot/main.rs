@@ -41,5 +41,6 @@ mod snapshots;
 mod soak;
 mod spawn;
 mod supervisors;
+mod template_rules;
 mod template_transfer;
 mod terminal;

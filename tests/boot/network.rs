@@ -18,7 +18,7 @@ fn nat_has_an_address_a_route_and_a_name_server() {
 }
 
 /// A server on the host's loopback that sends this to each client, and ends when the test does.
-fn greeting_server(greeting: &'static [u8]) -> u16 {
+pub fn greeting_server(greeting: &'static [u8]) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
@@ -38,7 +38,7 @@ fn client(address: &str, port: u16) -> String {
     )
 }
 
-fn reach(vm: &Vm<'_>, address: &str, port: u16) -> String {
+pub fn reach(vm: &Vm<'_>, address: &str, port: u16) -> String {
     vm.exec(["python3", "-c", &client(address, port)]).text()
 }
 

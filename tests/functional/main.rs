@@ -59,6 +59,7 @@ mod restart;
 mod run;
 mod startup;
 mod structure;
+mod template_rules;
 mod template_transfer;
 mod terminal;
 mod tls;

@@ -195,6 +195,7 @@ pub fn publish(home: &Path, name: &str) {
         agent: AgentId { sha256: nido_images::agent_sha256().into(), protocol: 1 },
         built_by: env!("CARGO_PKG_VERSION").into(),
         bakes: Vec::new(),
+        allow: None,
     };
     store.publish(&manifest, &lock).unwrap();
 }
@@ -245,7 +246,16 @@ pub fn publish_whole(home: &Home, name: &str, packages: &[u8]) -> Manifest {
         agent: AgentId { sha256: "0".repeat(64), protocol: AGENT_PROTOCOL },
         built_by: env!("CARGO_PKG_VERSION").into(),
         bakes: Vec::new(),
+        allow: None,
     };
     store.publish(&manifest, &lock).unwrap();
     manifest
+}
+
+/// Replaces a template by one whose rules bound those of its VMs.
+pub fn bound_template(home: &Path, name: &str, rules: &[&str]) {
+    let store = Store::new(home);
+    let lock = store.lock().unwrap();
+    let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+    store.publish(&store.open(name).unwrap().with_rules(Some(rules)), &lock).unwrap();
 }

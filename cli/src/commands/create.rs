@@ -24,7 +24,7 @@ pub struct Args {
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
-        let vm = nido.create(self.vm.spec(self.name), &Context::grant()).await?;
+        let vm = nido.create(self.vm.spec(&nido, self.name), &Context::grant()).await?;
         if !cx.output.json {
             vm.warnings.iter().for_each(|warning| cx.output.warn(warning));
         }

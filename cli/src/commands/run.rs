@@ -63,12 +63,12 @@ impl Args {
         let copy = |text| Ok(UploadRequest { user: request.user.clone(), ..upload(text)? });
         let copies = self.copy.iter().map(copy).collect::<Result<Vec<_>, Error>>()?;
         let name = nido_files::random::vm_name("run")?;
-        let mut spec = self.vm.spec(name.clone());
+        let nido = cx.nido().await?;
+        let mut spec = self.vm.spec(&nido, name.clone());
         if !self.keep {
             spec.ephemeral = true;
             spec.idle_ms = spec.idle_ms.or(Some(RUN_IDLE_MS));
         }
-        let nido = cx.nido().await?;
         let start = StartRequest { wait: true, timeout_ms: self.start_timeout, path: self.path.choice(), accel: None };
         let mut arguments = audit::exec(&name, &request);
         arguments["template"] = spec.template.as_str().into();

@@ -40,7 +40,7 @@ impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         let start = self.start.request();
-        let vm = spawn(cx, &nido, self.vm.spec(self.name), start).await?;
+        let vm = spawn(cx, &nido, self.vm.spec(&nido, self.name), start).await?;
         summarize(&cx.output, &vm);
         cx.acted(&vm)
     }

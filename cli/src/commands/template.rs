@@ -13,8 +13,8 @@ use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
 use nido_api::redact::bytes;
 use nido_api::{
-    BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult,
-    ImportSource, KernelChoice, TemplateInfo,
+    AllowEntry, BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest,
+    ImportResult, ImportSource, KernelChoice, TemplateInfo,
 };
 use nido_server::sanitize::line;
 use serde_json::json;
@@ -24,7 +24,7 @@ use super::confirmation::Confirmation;
 use super::vm_args::MachineArgs;
 use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::output::{pairs, table};
-use crate::parse::show_bytes;
+use crate::parse::{self, show_bytes};
 use crate::progress::Progress;
 
 const EXAMPLES: &str = "\
@@ -35,6 +35,7 @@ Examples:
   nido template build sandbox --kernel slim with a kernel compiled for guests: boots faster
   nido template info sandbox
   nido template create mine --from web
+  nido template create mine --from web --allow pypi.org   its VMs reach nothing else
   nido template bake sandbox --memory 2G --cpus 2   so that such VMs are forked
   nido template delete debian-12
   nido template export sandbox sandbox.nido
@@ -90,6 +91,10 @@ enum Verb {
         /// Create no warm image: VMs boot
         #[arg(long)]
         no_bake: bool,
+        /// Rule or @PRESET that covers rules of its VMs, which have net restricted or none; may be repeated; 'none' for no rule
+        /// [default: as for the VM]
+        #[arg(long, value_name = "RULE", value_parser = parse::allowed)]
+        allow: Option<Vec<Option<AllowEntry>>>,
     },
     /// Save a booted guest, from which VMs are forked
     Bake {
@@ -172,13 +177,16 @@ impl Args {
                 });
                 build(cx, &name, BuildRequest { rebuild, bake: !no_bake, kernel }).await
             }
-            Verb::Create { name, from, no_bake } => {
+            Verb::Create { name, from, no_bake, allow } => {
+                let allow = allow.map(|entries| entries.into_iter().flatten().collect::<Vec<_>>());
+                let arguments = json!({ "name": name, "from": from, "allow": allow });
                 let nido = cx.nido().await?;
                 let built = {
                     let mut progress = Progress::new(&cx.output, name.as_str());
                     let mut told = |step| progress.build(&step);
-                    let made = until_signal(UNDO_LIMIT, nido.template_create(&name, &from, !no_bake, &mut told));
-                    cx.audited(&nido, op::TEMPLATE_CREATE, json!({ "name": name, "from": from }), made).await?
+                    let made =
+                        until_signal(UNDO_LIMIT, nido.template_create(&name, &from, (!no_bake, allow), &mut told));
+                    cx.audited(&nido, op::TEMPLATE_CREATE, arguments, made).await?
                 };
                 let size = show_bytes(built.template.size_bytes);
                 let seconds = Duration::from_millis(built.duration_ms).as_secs_f64();
@@ -368,6 +376,11 @@ fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
         ),
     };
     let bakes: Vec<_> = template.bakes.iter().map(machine).collect();
+    let allow = match template.allow.as_deref() {
+        None => "no bound".to_owned(),
+        Some([]) => "nothing".to_owned(),
+        Some(rules) => rules.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+    };
     let users = if template.used_by.is_empty() { "no VM".into() } else { template.used_by.join(", ") };
     vec![
         ("name", template.name.to_string()),
@@ -380,6 +393,7 @@ fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
         ("disk", show_bytes(template.disk_bytes)),
         ("created", format!("{:.0}", template.created_at)),
         ("used by", users),
+        ("allow", allow),
         ("forks on", if bakes.is_empty() { "none; see nido template bake --help".into() } else { bakes.join("; ") }),
     ]
 }

@@ -98,7 +98,7 @@ struct LimitArgs {
     #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = network)]
     net: Option<Vec<NetChoice>>,
     /// Rule or @PRESET that covers rules of a VM, which then has net restricted or none; may be repeated; 'none' for no rule
-    #[arg(long, value_name = "RULE", value_parser = allowed)]
+    #[arg(long, value_name = "RULE", value_parser = parse::allowed)]
     allow: Option<Vec<Option<AllowEntry>>>,
     /// Addresses of the host on which ports may be published; 'none' for no address
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
@@ -128,10 +128,6 @@ impl From<LimitArgs> for Limits {
 fn network(word: &str) -> Result<NetChoice, Error> {
     serde_json::from_value(word.into())
         .map_err(|_| Error::new(Code::SpecInvalid, format!("'{}' is not a network", word.escape_debug())))
-}
-
-fn allowed(word: &str) -> Result<Option<AllowEntry>, Error> {
-    if word == "none" { Ok(None) } else { word.parse().map(Some) }
 }
 
 fn address(word: &str) -> Result<Option<IpAddr>, Error> {

@@ -5,9 +5,10 @@ use nido_api::egress::split_entries;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
-    AccelChoice, AllowEntry, BakeRequest, ForwardSpec, MachineChoice, NetChoice, NetLimitKey, NetLimits, PathChoice,
-    SecretUse, StartPath, StartRequest, VmInfo, VmSpec,
+    AccelChoice, AllowEntry, BakeRequest, ForwardSpec, Limits, MachineChoice, NetChoice, NetLimitKey, NetLimits,
+    PathChoice, SecretUse, StartPath, StartRequest, VmInfo, VmSpec,
 };
+use nido_core::Nido;
 
 use crate::output::Output;
 use crate::parse;
@@ -75,7 +76,8 @@ pub struct MachineArgs {
     /// Memory, for example 512M or 2G [default: 512M]
     #[arg(long, value_name = "SIZE", value_parser = parse::memory_mib)]
     memory: Option<u32>,
-    /// Network: nat reaches what the host reaches, restricted only what --allow names, none has no network card [default: nat]
+    /// Network: nat reaches what the host reaches, restricted only what --allow names, none has no network card [default: nat, or restricted if
+    /// the template bounds the rules of its VMs]
     #[arg(long, value_name = "KIND")]
     net: Option<Net>,
     /// Provide virtualization in the guest
@@ -130,7 +132,14 @@ impl Accel {
 
 impl VmArgs {
     /// The core's specification; an absent flag keeps the core's default.
-    pub fn spec(self, name: VmName) -> VmSpec {
+    pub fn spec(self, nido: &Nido, name: VmName) -> VmSpec {
+        let names_net = self.machine.net.is_some();
+        let spec = self.as_named(name);
+        let net = if names_net { spec.net } else { nido.default_net(&spec.template, &Limits::default()) };
+        VmSpec { net, ..spec }
+    }
+
+    fn as_named(self, name: VmName) -> VmSpec {
         let defaults = VmSpec::named(name);
         let machine = self.machine.bake();
         let (allow, presets) = split_entries(self.allow);

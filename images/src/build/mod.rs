@@ -129,6 +129,8 @@ fn run(
     let scratch = Scratch::create(&home.join(layout::BUILD))?;
     let kept = KeptKernels::new(home);
     let kernel = wanted.kernel;
+    // A template is built again with the rules that it has.
+    let rules = store.open(recipe.name).ok().and_then(|existing| existing.allow);
     let mut work = Work { store, recipe, scratch: scratch.path(), session, progress };
     let (made, stages_reused) = make(&mut work, &kept, wanted)?;
     let base = match scratch.path().join(stages::BASE) {
@@ -156,7 +158,9 @@ fn run(
         agent: AgentId { sha256: agent_sha256().to_owned(), protocol: nido_guest_agent::wire::VERSION },
         built_by: env!("CARGO_PKG_VERSION").to_owned(),
         bakes: Vec::new(),
-    };
+        allow: None,
+    }
+    .with_rules(rules);
     work.publish(&manifest)?;
     if let Ok(templates) = store.ls().and_then(|found| found.into_iter().collect::<Result<Vec<_>, _>>()) {
         kept.prune(&templates.iter().map(|template| template.parts.root.file.sha256.clone()).collect());

@@ -105,10 +105,7 @@ pub fn vm_arguments() -> Value {
 }
 
 /// The request for a new VM, with the defaults of the tools.
-pub fn spawn_request(mut given: Value) -> Result<SpawnRequest> {
-    if let Some(fields) = given.as_object_mut() {
-        fields.entry("net").or_insert_with(|| json!(DEFAULT_NET));
-    }
+pub fn spawn_request(given: Value) -> Result<SpawnRequest> {
     arguments(given)
 }
 
@@ -152,7 +149,7 @@ impl NewVm {
         }
         let outlives = given.as_object_mut().and_then(|given| given.remove(OUTLIVES_SESSION));
         let outlives = outlives.map_or(Ok(false), |outlives| field(OUTLIVES_SESSION, Some(outlives)))?;
-        let (spec, start) = spawn_request(given)?.split();
+        let (spec, start) = spawn_request(given)?.split(DEFAULT_NET);
         if outlives && !spec.ephemeral {
             let words = format!("{OUTLIVES_SESSION}: only a VM that is ephemeral would be deleted with the session");
             return Err(Error::new(Code::SpecInvalid, words));

@@ -86,7 +86,7 @@ impl Run {
             vm.extend(value.map(|value| ((*name).to_owned(), value)));
         }
         vm.insert("name".into(), json!(nido_files::random::vm_name("run")?));
-        let (spec, start) = creation::spawn_request(vm.into())?.split();
+        let (spec, start) = creation::spawn_request(vm.into())?.split(creation::DEFAULT_NET);
         Ok(Self { spec, start: start.unwrap_or_default(), command: Command::parse(given)? })
     }
 

@@ -123,7 +123,7 @@ impl Operation for Create {
                 let done = done - 1.0 + f64::from(step.fraction.unwrap_or(0.0)).clamp(0.0, 1.0);
                 call.progress.report(done, Some(total), plain(&step.stage));
             };
-            let work = call.nido().await?.template_create(&self.name, &self.from, !self.no_bake, &mut tell);
+            let work = call.nido().await?.template_create(&self.name, &self.from, (!self.no_bake, None), &mut tell);
             ToolResult::new(&call.unless_cancelled(Box::pin(work)).await?)
         })
     }

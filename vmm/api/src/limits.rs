@@ -139,20 +139,18 @@ impl Limits {
     /// `denied`.
     pub fn check_rules(&self, net: NetChoice, rules: &[EgressRule]) -> Result<()> {
         let Some(entries) = &self.allow else { return Ok(()) };
-        match net {
-            NetChoice::None => return Ok(()),
-            NetChoice::Restricted => {}
-            NetChoice::Nat => {
-                let words = "net: nat is not allowed here, because it reaches more than the allowed rules";
-                return Err(Error::new(Code::Denied, words).hint("set the network to restricted or none"));
-            }
-        }
-        let ceiling = plain(entries);
-        match rules.iter().find(|rule| !covers(&ceiling, rule)) {
-            None => Ok(()),
-            Some(rule) => Err(Error::new(Code::Denied, format!("allow: the rule '{rule}' is not within your limits"))
-                .hint(allowed_rules(&ceiling))),
-        }
+        check_within(&plain_rules(entries), "your limits", net, rules)
+    }
+
+    /// The network of a VM for which none is requested: the first that may have all that a limit allows.
+    #[must_use]
+    pub fn default_net(&self) -> NetChoice {
+        let is_allowed = |net: &NetChoice| self.net.as_ref().is_none_or(|allowed| allowed.contains(net));
+        let bounded = self.allow.is_some();
+        let candidates = [NetChoice::Nat, NetChoice::Restricted, NetChoice::None];
+        let found = candidates.into_iter().find(|net| is_allowed(net) && !(bounded && *net == NetChoice::Nat));
+        // What is refused then has a reason.
+        found.unwrap_or_default()
     }
 
     /// Whether a VM may have this network.
@@ -206,6 +204,26 @@ fn not_among(field: &str, what: &str, allowed: impl Iterator<Item = String>) -> 
         .hint("the operator of this server has set the limit")
 }
 
+/// Whether a VM with this network may have these rules, where those of a ceiling bound them; `whose` they are, in words.
+///
+/// # Errors
+/// `denied`.
+pub fn check_within(ceiling: &[EgressRule], whose: &str, net: NetChoice, rules: &[EgressRule]) -> Result<()> {
+    match net {
+        NetChoice::None => return Ok(()),
+        NetChoice::Restricted => {}
+        NetChoice::Nat => {
+            let words = format!("net: nat is not allowed here, because it reaches more than {whose} allow");
+            return Err(Error::new(Code::Denied, words).hint("set the network to restricted or none"));
+        }
+    }
+    match rules.iter().find(|rule| !covers(ceiling, rule)) {
+        None => Ok(()),
+        Some(rule) => Err(Error::new(Code::Denied, format!("allow: the rule '{rule}' is not within {whose}"))
+            .hint(allowed_rules(ceiling))),
+    }
+}
+
 /// The hint about the rules that a limit allows.
 fn allowed_rules(ceiling: &[EgressRule]) -> String {
     let listed: Vec<_> = ceiling.iter().take(RULES_LISTED).map(ToString::to_string).collect();
@@ -217,7 +235,8 @@ fn allowed_rules(ceiling: &[EgressRule]) -> String {
 }
 
 /// The rules of a limit. A preset whose rules are not known allows nothing.
-fn plain(entries: &[AllowEntry]) -> Vec<EgressRule> {
+#[must_use]
+pub fn plain_rules(entries: &[AllowEntry]) -> Vec<EgressRule> {
     let rule = |entry: &AllowEntry| match entry {
         AllowEntry::Rule(rule) => Some(rule.clone()),
         AllowEntry::Preset(_) => None,
@@ -228,7 +247,7 @@ fn plain(entries: &[AllowEntry]) -> Vec<EgressRule> {
 fn both_rules(one: Option<&[AllowEntry]>, other: Option<&[AllowEntry]>) -> Option<Vec<AllowEntry>> {
     match (one, other) {
         (Some(one), Some(other)) => {
-            Some(intersection(&plain(one), &plain(other)).into_iter().map(AllowEntry::Rule).collect())
+            Some(intersection(&plain_rules(one), &plain_rules(other)).into_iter().map(AllowEntry::Rule).collect())
         }
         (one, other) => one.or(other).map(<[AllowEntry]>::to_vec),
     }
@@ -334,6 +353,22 @@ mod tests {
         let unknown = Limits { allow: entries("@pip"), ..Limits::default() };
         assert!(unknown.check(&vm(NetChoice::Restricted, "pypi.org:443"), 0).is_err());
         unknown.check(&restricted, 0).unwrap();
+    }
+
+    #[test]
+    fn the_default_network_is_one_that_the_limits_allow() {
+        use NetChoice::{Nat, None as Alone, Restricted};
+        for (net, allow, default) in [
+            (None, None, Nat),
+            (None, Some(vec![]), Restricted),
+            (Some(vec![Nat, Alone]), None, Nat),
+            (Some(vec![Nat, Alone]), Some(vec![]), Alone),
+            (Some(vec![Alone, Restricted]), None, Restricted),
+            (Some(vec![]), None, Nat),
+        ] {
+            let limits = Limits { net: net.clone(), allow, ..Limits::default() };
+            assert_eq!(limits.default_net(), default, "{net:?}");
+        }
     }
 
     #[test]

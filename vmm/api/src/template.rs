@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::EgressRule;
 use super::{AccelChoice, MachineChoice, NetChoice};
 use crate::name::TemplateName;
 
@@ -66,6 +67,10 @@ pub struct TemplateInfo {
     pub used_by: Vec<String>,
     /// The machines for which it has a warm image.
     pub bakes: Vec<BakeInfo>,
+    /// Rules that bound those of its VMs: each must be covered. Absent: no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub allow: Option<Vec<EgressRule>>,
 }
 
 /// A warm image: the saved state of a template's guest on one kind of machine.

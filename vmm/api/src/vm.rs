@@ -238,9 +238,10 @@ pub struct SpawnRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 16777216, nullable = false)]
     pub disk_quota_bytes: Option<u64>,
-    /// Network.
-    #[serde(default)]
-    pub net: NetChoice,
+    /// Network. If absent `nat`; `restricted` (or `none`) if the template or the caller's limits do not allow that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub net: Option<NetChoice>,
     /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 256)]
@@ -306,7 +307,7 @@ const fn yes() -> bool {
 impl SpawnRequest {
     /// What the VM shall be, and how it is started, if it is.
     #[must_use]
-    pub fn split(self) -> (VmSpec, Option<StartRequest>) {
+    pub fn split(self, default_net: NetChoice) -> (VmSpec, Option<StartRequest>) {
         let start = StartRequest { wait: self.wait, timeout_ms: self.start_timeout_ms, path: self.path, accel: None };
         let (allow, presets) = split_entries(self.allow);
         let spec = VmSpec {
@@ -316,7 +317,7 @@ impl SpawnRequest {
             memory_mib: self.memory_mib,
             disk_bytes: self.disk_bytes,
             disk_quota_bytes: self.disk_quota_bytes,
-            net: self.net,
+            net: self.net.unwrap_or(default_net),
             allow,
             net_limits: self.net_limits,
             presets,

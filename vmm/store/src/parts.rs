@@ -153,6 +153,7 @@ pub(super) mod tests {
             init: nido_images::Init::Agent,
             append: String::new(),
             frozen: Vec::new(),
+            allow: None,
         }
     }
 

@@ -251,6 +251,7 @@ mod tests {
                 init: nido_images::Init::Agent,
                 append: String::new(),
                 frozen: Vec::new(),
+                allow: None,
             };
             let spec = VmSpec::named(format!("pool-{number}").parse().unwrap());
             let id = number.to_string();

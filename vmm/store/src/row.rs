@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use nido_api::machine::Machine;
 use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
-use nido_api::{AgentInfo, Failure, ForwardSpec, LeaseId, LimitHit, Timings, VmSpec, moment};
+use nido_api::{AgentInfo, EgressRule, Failure, ForwardSpec, LeaseId, LimitHit, Timings, VmSpec, moment};
 use serde::{Deserialize, Serialize};
 
 /// What of its template a VM uses. The parts are content-addressed, so a newer template of the same name changes nothing.
@@ -33,6 +33,9 @@ pub struct BootParts {
     /// What the guests that it was forked from had written to their disks: layers on `root`, the lowest first.
     #[serde(default)]
     pub frozen: Vec<BackingLayer>,
+    /// Rules of its template that bound those of the VM; no bound if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow: Option<Vec<EgressRule>>,
 }
 
 /// The disk of a bake: a layer between another disk and its forks.

@@ -26,6 +26,7 @@ impl BootParts {
             init: nido_images::Init::Agent,
             append: String::new(),
             frozen: Vec::new(),
+            allow: None,
         }
     }
 }

@@ -59,6 +59,8 @@ fn limits(set: &NetLimits) -> Limits {
 /// What the guest of a VM may reach.
 pub(super) fn policy(row: &VmRow) -> Policy {
     match (row.purpose, row.spec.net) {
+        // No VM for a user is that: a guest that is saved as the warm image of a template whose rules bound those of its VMs.
+        (_, NetChoice::Nat) if row.parts.allow.is_some() => Policy { mode: Mode::Restricted, rules: Vec::new() },
         (Purpose::Pool, _) => Policy { mode: Mode::Restricted, rules: Vec::new() },
         (_, NetChoice::Nat) => Policy { mode: Mode::Nat, rules: row.spec.rules() },
         (_, NetChoice::Restricted | NetChoice::None) => Policy { mode: Mode::Restricted, rules: row.spec.rules() },

@@ -278,6 +278,7 @@ mod tests {
             init: nido_images::Init::Agent,
             append: "quiet".into(),
             frozen: vec![BackingLayer { sha256: hash("e"), virtual_bytes: 1 }],
+            allow: Some(vec!["host:8080".parse().unwrap()]),
         };
         let mut spec = VmSpec::named("web".parse().unwrap());
         spec.labels.insert("role".into(), "demo".into());

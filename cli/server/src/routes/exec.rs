@@ -266,7 +266,8 @@ async fn run(
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
         .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;
     let context = context.about(&spawn.name);
-    let (spec, start) = spawn.split();
+    let net = app.nido().await?.default_net(&spawn.template, &grant.limits);
+    let (spec, start) = spawn.split(net);
     let start = start.filter(|start| start.wait);
     let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
     let (request, stdin) = body.exec.split()?;

@@ -6,7 +6,9 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
-use nido_api::{BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList};
+use nido_api::{
+    AllowEntry, BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -46,6 +48,10 @@ pub struct TemplateRequest {
     /// Create no warm image: VMs boot.
     #[serde(default)]
     no_bake: bool,
+    /// Rules and presets that bound the rules of its VMs, none if empty. If absent, they are bounded as those of the VM are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, max_items = 256)]
+    allow: Option<Vec<AllowEntry>>,
 }
 
 /// Options of a build.
@@ -81,7 +87,7 @@ async fn create(
         Box::pin(async move {
             let nido = owner.nido().await?;
             let mut tell = |step: nido_api::BuildStep| stage.word(&step.stage);
-            value(&nido.template_create(&what.name, &what.from, !what.no_bake, &mut tell).await?)
+            value(&nido.template_create(&what.name, &what.from, (!what.no_bake, what.allow), &mut tell).await?)
         })
     })
     .await?;

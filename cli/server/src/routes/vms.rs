@@ -117,7 +117,8 @@ async fn create(
     let mut response = operations::run(&app, context, op::VM_SPAWN, StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
-            let (spec, start) = body.split();
+            let net = nido.default_net(&body.template, &grant.limits);
+            let (spec, start) = body.split(net);
             let Some(start) = start else { return value(&nido.create(spec, &grant).await?) };
             let undo = UndoGuard::new(&owner);
             let mut tell = |now| stage.start(now);

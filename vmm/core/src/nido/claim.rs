@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::Nido;
-use super::create::{boot_parts, check_spec, disk_bytes, machine_request};
+use super::create::{boot_parts, check_spec, check_template_rules, disk_bytes, machine_request};
 use super::supervisor_client::read_reply;
 use super::vm_in_progress::VmInProgress;
 
@@ -98,6 +98,7 @@ impl Nido {
         let manifest = self.manifest(&spec.template)?;
         let disk_bytes = disk_bytes(spec, &boot_parts(&manifest))?;
         grant.limits.check(spec, disk_bytes)?;
+        check_template_rules(spec, manifest.allow.as_deref())?;
         let request = machine_request(spec, disk_bytes, *machine::GUEST_CIDS.start());
         let machine = machine::decide(&request, &host, &qemu)?;
         let bake = choose(&manifest.bakes, &shape(&machine, &host), &qemu_id(&qemu))

@@ -6,8 +6,9 @@
 use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::name::TemplateName;
 use nido_api::state::VmState;
-use nido_api::{Grant, VmInfo, VmSpec};
+use nido_api::{EgressRule, Grant, Limits, NetChoice, VmInfo, VmSpec, check_within};
 use nido_engine::disk;
 use nido_engine::home::{DISK, DISK_TEMPORARY, Home, SUPERVISOR_LOCK, VmDir};
 use nido_engine::host::facts;
@@ -42,6 +43,15 @@ impl Nido {
         Ok(self.describe(&row))
     }
 
+    /// The network of a VM for which none is requested: `nat`, unless its template or the limits bound its rules or exclude it.
+    #[must_use]
+    pub fn default_net(&self, template: &TemplateName, limits: &Limits) -> NetChoice {
+        // The creation reports a template that is not there.
+        let is_bounded = self.manifest(template).is_ok_and(|manifest| manifest.allow.is_some());
+        let of_template = Limits { allow: is_bounded.then(Vec::new), ..Limits::default() };
+        limits.and(&of_template).default_net()
+    }
+
     /// Makes a VM and holds it. Nothing is left if this fails.
     pub(super) async fn make_vm(
         &self,
@@ -60,6 +70,9 @@ impl Nido {
         let parts = boot_parts(&manifest);
         let disk_bytes = disk_bytes(&spec, &parts)?;
         grant.limits.check(&spec, disk_bytes)?;
+        if purpose == Purpose::Use {
+            check_template_rules(&spec, parts.allow.as_deref())?;
+        }
         // Decided again at each start; here it is only asked whether it can be.
         machine::decide(&machine_request(&spec, disk_bytes, *machine::GUEST_CIDS.start()), &host, &qemu)?;
         // Its disk is made when it starts: what it stands on is decided then.
@@ -116,6 +129,12 @@ async fn make_and_hold(dir: &VmDir) -> Result<HeldLock> {
     }
 }
 
+/// Whether the rules of a VM are within those of its template.
+pub(super) fn check_template_rules(spec: &VmSpec, ceiling: Option<&[EgressRule]>) -> Result<()> {
+    let Some(ceiling) = ceiling else { return Ok(()) };
+    check_within(ceiling, &format!("the rules of template '{}'", spec.template), spec.net, &spec.rules())
+}
+
 pub(super) fn check_spec(spec: &VmSpec) -> Result<()> {
     spec.check_rules()?;
     spec.net_limits.check(spec.net)?;
@@ -160,6 +179,7 @@ pub(super) fn boot_parts(manifest: &Manifest) -> BootParts {
         append: manifest.kernel.append.clone(),
         packages: manifest.parts.packages.sha256.clone(),
         frozen: Vec::new(),
+        allow: manifest.allow.clone(),
     }
 }
 

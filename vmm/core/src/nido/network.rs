@@ -14,6 +14,7 @@ use nido_store::VmRow;
 use nido_supervisor::control::Request;
 
 use super::Nido;
+use super::create::check_template_rules;
 
 impl Nido {
     /// The network of a VM, its rules, and what it has done.
@@ -31,7 +32,7 @@ impl Nido {
     /// Adds rules and presets to a VM's network. A VM that runs follows them when this returns, a stopped one from its next start.
     ///
     /// # Errors
-    /// `vm_not_found`, `spec_invalid`, `denied` by the grant; `vm_busy` if its supervisor is of another version of nido.
+    /// `vm_not_found`, `spec_invalid`, `denied` by the grant or the rules of the template; `vm_busy` if its supervisor is of another version of nido.
     pub async fn net_allow(
         &self,
         vm: impl Into<VmRef<'_>>,
@@ -42,7 +43,12 @@ impl Nido {
         grant.limits.check_net(row.spec.net)?;
         let (rules, presets) = split_entries(entries);
         let presets = self.expanded(presets).await?;
-        grant.limits.check_rules(row.spec.net, &effective_rules(&rules, &presets))?;
+        let wanted = effective_rules(&rules, &presets);
+        grant.limits.check_rules(row.spec.net, &wanted)?;
+        check_template_rules(
+            &VmSpec { allow: wanted, presets: Vec::new(), ..row.spec.clone() },
+            row.parts.allow.as_deref(),
+        )?;
         self.change_rules(&row, &RuleChange::Allow(rules, presets)).await
     }
 

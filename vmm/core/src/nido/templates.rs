@@ -8,8 +8,8 @@ use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
 use nido_api::operation as op;
 use nido_api::{
-    BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, PageRequest, StartStage, TemplateInfo, TemplateList,
-    VmRef, moment,
+    AllowEntry, BakeRequest, BuildRequest, BuildResult, BuildStep, EGRESS_RULES_MAX, EgressRule, Limits, NetChoice,
+    PageRequest, StartStage, TemplateInfo, TemplateList, VmRef, check_within, moment, plain_rules,
 };
 use nido_engine::confine::Layer;
 use nido_engine::machine::Refusal;
@@ -141,21 +141,23 @@ impl Nido {
     }
 
     /// Makes a template of a VM: its disk as it is, everything else as in the template it was made from; then bakes it. A
-    /// running VM is paused for a moment and resumed.
+    /// running VM is paused for a moment and resumed. `allow` bounds the rules of its VMs; if absent, they are bounded as those of
+    /// the VM are.
     ///
     /// # Errors
-    /// `vm_not_found`, `template_exists`, `template_mismatch` if the VM's own template has changed since, those of a
+    /// `vm_not_found`, `template_exists`, `denied` if the VM's own bound does not cover `allow`, `spec_invalid`, `template_mismatch` if the VM's own template has changed since, those of a
     /// snapshot and of a build.
     pub async fn template_create(
         &self,
         name: &TemplateName,
         from: impl Into<VmRef<'_>>,
-        bake: bool,
+        (bake, allow): (bool, Option<Vec<AllowEntry>>),
         progress: &mut (dyn FnMut(BuildStep) + Send),
     ) -> Result<BuildResult> {
         let began = Instant::now();
         let from = from.into();
         let (row, from) = (self.resolve(from)?, from.name);
+        let rules = self.rules_of_new_template(&row, allow).await?;
         {
             let _parts_stay = self.templates_shared().await?;
             let of = self.manifest(&row.spec.template)?;
@@ -163,7 +165,7 @@ impl Nido {
                 let words = format!("template '{}' has changed since VM '{from}' was made from it", of.name);
                 return Err(Error::new(Code::TemplateMismatch, words).hint("make a VM from it as it is now"));
             }
-            self.flatten(name, &row, of, progress).await?;
+            self.flatten(name, &row, of.with_rules(rules), progress).await?;
         }
         if bake {
             self.default_bakes(name, progress).await?;
@@ -172,6 +174,31 @@ impl Nido {
         self.store().announce_template(name, &template.created_at.to_string())?;
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(BuildResult { template, already_built: false, duration_ms })
+    }
+
+    /// The rules that bound those of the VMs of a template that is made of this VM.
+    async fn rules_of_new_template(
+        &self,
+        row: &VmRow,
+        allow: Option<Vec<AllowEntry>>,
+    ) -> Result<Option<Vec<EgressRule>>> {
+        let Some(allow) = allow else { return Ok(row.parts.allow.clone()) };
+        let limits = self.with_plain_rules(Limits { allow: Some(allow), ..Limits::default() }).await?;
+        let mut rules: Vec<EgressRule> = Vec::new();
+        for rule in limits.allow.as_deref().map(plain_rules).unwrap_or_default() {
+            if !rules.contains(&rule) {
+                rules.push(rule);
+            }
+        }
+        if rules.len() > EGRESS_RULES_MAX {
+            let words = format!("allow: a template has at most {EGRESS_RULES_MAX} rules, those of presets included");
+            return Err(Error::new(Code::SpecInvalid, words));
+        }
+        if let Some(ceiling) = &row.parts.allow {
+            let whose = format!("the rules of template '{}', of which the VM is", row.spec.template);
+            check_within(ceiling, &whose, NetChoice::Restricted, &rules)?;
+        }
+        Ok(Some(rules))
     }
 
     async fn flatten(
@@ -312,6 +339,7 @@ pub(super) fn describe(manifest: &Manifest, users: &[(String, String)]) -> Resul
         disk_bytes: manifest.parts.root.virtual_bytes,
         created_at: moment::in_ms(manifest.created_at),
         agent_current: manifest.agent.sha256 == nido_images::agent_sha256(),
+        allow: manifest.allow.clone(),
         used_by: users.iter().filter(|(template, _)| *template == manifest.name).map(|(_, vm)| vm.clone()).collect(),
     })
 }

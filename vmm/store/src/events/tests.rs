@@ -15,6 +15,7 @@ fn row(id: &str, purpose: Purpose) -> VmRow {
         init: nido_images::Init::Agent,
         append: String::new(),
         frozen: Vec::new(),
+        allow: None,
     };
     let spec = VmSpec::named(format!("vm-{id}").parse().unwrap());
     VmRow::new(id.into(), spec, purpose, VmState::Starting, parts, 1 << 30)

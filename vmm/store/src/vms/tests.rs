@@ -15,6 +15,7 @@ fn parts() -> BootParts {
         init: nido_images::Init::Agent,
         append: "quiet".into(),
         frozen: Vec::new(),
+        allow: None,
     }
 }
 

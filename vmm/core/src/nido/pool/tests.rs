@@ -19,6 +19,7 @@ fn clone(pool: &PoolRow, id: &str, state: VmState, memory: Option<&str>) -> VmRo
         init: nido_images::Init::Agent,
         append: String::new(),
         frozen: Vec::new(),
+        allow: None,
     };
     let mut row = VmRow::new(id.into(), clone_spec(pool).unwrap(), Purpose::Pool, state, parts, 1);
     row.agent = AgentInfo { ready: state == VmState::Paused, ..AgentInfo::default() };
