@@ -237,7 +237,7 @@ const fn next_step(code: Code) -> &'static str {
         Code::QemuFailed => "vm_info gives the reason; try again once, then report this to the user",
         Code::PortInUse => "choose another host port, or 0 for a free one",
         Code::ForwardNotFound => "vm_ports without publish and unpublish lists the published ports",
-        Code::RuleNotFound => "vm_info lists the rules of the VM in allow",
+        Code::RuleNotFound => "vm_network without allow and deny lists the rules",
         Code::PortClosed => "start what shall listen there with vm_exec, then try again",
         Code::Interrupted => "it was cancelled: call again if it is still wanted; vm_info shows the state of the VM",
         Code::Denied => "this server does not allow it: report this to the user, do not try to get around it",

@@ -37,7 +37,7 @@ const SHOWN: usize = 60;
 const NAMED_MAX: usize = 8;
 
 /// An example of a field, where its type alone does not show it.
-const EXAMPLES: [(&str, &str); 17] = [
+const EXAMPLES: [(&str, &str); 18] = [
     ("name", r#""web-1""#),
     ("template", r#""sandbox""#),
     ("snapshot", r#""before-upgrade""#),
@@ -48,6 +48,7 @@ const EXAMPLES: [(&str, &str); 17] = [
     ("labels", r#"{"team": "web"}"#),
     ("forwards", r#"["8080:80"]"#),
     ("allow", r#"["example.com:443"]"#),
+    ("deny", r#"["example.com:443"]"#),
     ("guest_port", "80"),
     ("host_port", "8080"),
     ("memory_mib", "1024"),

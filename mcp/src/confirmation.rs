@@ -106,6 +106,7 @@ pub async fn confirm(
         foreign: vm.is_some() && !own,
         ephemeral: vm.as_ref().is_some_and(|vm| vm.ephemeral),
         overwrites: operation.overwrites(call),
+        widens: operation.widens(call).await?,
     };
     let id = vm.as_ref().map(|vm| vm.id.clone());
     let go = |word, id| Ok(Decision::Proceed(Permission { word, vm: id }));

@@ -55,7 +55,9 @@ fn without_bounds(schema: &mut Value) {
             "pattern" => !value.is_string(),
             "minimum" | "exclusiveMinimum" | "maximum" | "minItems" | "maxItems" => !value.is_number(),
             // Of a type, which the argument's name implies.
-            "description" => !value.as_str().is_some_and(|words| words.starts_with("The name of a ")),
+            "description" => !value.as_str().is_some_and(|words| {
+                words.starts_with("The name of a ") || ["The state of a VM.", "A log of a VM."].contains(&words)
+            }),
             // Nothing that has to be known in order to leave it out.
             "default" => !(*value == json!(false) || *value == json!({})),
             _ => true,

@@ -73,7 +73,7 @@ fn tokens_limit_tools_and_are_recorded() {
     };
     assert_eq!(tools(&read), ["vm_ls", "vm_info", "vm_logs", "template_list", "job_get"]);
     assert!(tools(&run).contains(&"vm_exec".into()) && !tools(&run).contains(&"template_create".into()));
-    assert_eq!(tools(server.token()).len(), 20);
+    assert_eq!(tools(server.token()).len(), 21);
     let denied = call(&server, &read, "vm_spawn", json!({"name": "web"}));
     assert_eq!((&denied["isError"], &denied["structuredContent"]["error"]["code"]), (&true.into(), &"denied".into()));
     let vm = call(&server, &run, "vm_spawn", json!({"name": "web", "accel": "tcg"}));

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::control::{pid_of, play_supervisor, vm_dir};
 use crate::support::http::Server;
+use crate::support::mcp::{Client, Era};
 use crate::support::{Home, Nido, processes, until};
 
 fn spawn(home: &Home, flags: &[&str]) -> String {
@@ -257,4 +258,43 @@ fn callers_change_rules_only_within_their_scope_and_limits() {
     send(&token("all", &["--scope", "run"]), "POST", "/rules", body).ok(200);
     send(&limited, "DELETE", "/rules/host:80", "").ok(200);
     assert_eq!(rules_of(&home), json!([]));
+}
+
+#[test]
+fn an_agent_adds_rules_only_with_a_person_s_confirmation_or_within_a_limit() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    client.good("vm_create", json!({"name": "web", "allow": ["*.example.com", "host:8000"]}));
+    let shown = client.good("vm_network", json!({"name": "web"}));
+    assert_eq!((&shown["net"], &shown["allow"]), (&json!("restricted"), &json!(["*.example.com", "host:8000"])));
+    // The guest reaches no more with it.
+    client.good("vm_network", json!({"name": "web", "allow": ["a.example.com:443"]}));
+    let wider = json!({"name": "web", "allow": ["example.com"]});
+    let error = client.bad("vm_network", wider.clone(), "approval_required");
+    assert_eq!(rules_of(&home), json!(["*.example.com", "host:8000", "a.example.com:443"]));
+    home.nido(["approve", error["approval_id"].as_str().unwrap(), "--yes"]).run().ok();
+    assert_eq!(client.good("vm_network", wider)["allow"][3], "example.com");
+    // What is removed is not: it would have to be confirmed again.
+    let left = client.good("vm_network", json!({"name": "web", "deny": ["example.com", "host:8000"]}));
+    assert_eq!(left["allow"], json!(["*.example.com", "a.example.com:443"]));
+    client.bad("vm_network", json!({"name": "web", "allow": ["host:8000"]}), "approval_required");
+    // What would fail is not asked about.
+    client.bad("vm_network", json!({"name": "web", "deny": ["host:8000"]}), "rule_not_found");
+    client.bad("vm_network", json!({"name": "web", "allow": ["@nothing"]}), "spec_invalid");
+    client.bad("vm_network", json!({"name": "web", "allow": ["x.org"], "deny": ["*.example.com"]}), "spec_invalid");
+    client.bad("vm_network", json!({"name": "nobody", "allow": ["x.org"]}), "vm_not_found");
+    client.good("vm_create", json!({"name": "alone", "net": "none"}));
+    client.bad("vm_network", json!({"name": "alone", "allow": ["host:80"]}), "spec_invalid");
+    // A VM of another caller.
+    home.nido(["create", "theirs", "--net", "restricted", "--allow", "x.org"]).run().ok();
+    client.good("vm_network", json!({"name": "theirs"}));
+    client.bad("vm_network", json!({"name": "theirs", "deny": ["x.org"]}), "approval_required");
+    // A limit covers it, or refuses it.
+    let policy = home.scratch("policy.toml");
+    std::fs::write(&policy, "[limits]\nallow = ['host:8000-8010']\n").unwrap();
+    let mut client = Client::with(&home, Era::Modern, &["--policy", policy.to_str().unwrap()], json!({}));
+    client.good("vm_network", json!({"name": "web", "allow": ["host:8001"]}));
+    client.bad("vm_network", json!({"name": "web", "allow": ["example.com"]}), "denied");
+    let mut client = Client::with(&home, Era::Modern, &["--read-only"], json!({}));
+    assert!(!client.tools().contains_key("vm_network"));
 }

@@ -22,7 +22,7 @@ from rig import DEADLINE, Rig, Steps, until
 TOOLS = {
     "vm_ls", "vm_info", "vm_spawn", "vm_create", "vm_start", "vm_stop", "vm_delete", "vm_exec", "vm_upload", "vm_download",
     "vm_snapshot", "vm_restore", "template_list", "template_create", "job_get", "job_cancel", "vm_run", "vm_logs", "vm_ports",
-    "vm_fork",
+    "vm_fork", "vm_network",
 }
 # "auto" asks with server/discover.
 ERAS = {"auto": "2026-07-28", "legacy": "2025-11-25"}

@@ -49,6 +49,13 @@ pub async fn question(call: &CallContext, tool: &Tool, ask: &ApprovalRequest, se
                 .collect();
             format!("{agent} wants to {} of {vm} on this host.", changes.join(" and "))
         }
+        "vm_network" => {
+            let rules = |key: &str| ask.arguments.get(key).map(|rules| plain(head(&rules.to_string(), SHOWN)));
+            match (rules("allow"), rules("deny")) {
+                (_, Some(deny)) => format!("{agent} wants to remove rules of the network of {vm}: {deny}."),
+                (allow, None) => format!("{agent} wants {vm} to reach {}.", allow.unwrap_or_default()),
+            }
+        }
         "vm_fork" => {
             let copies = ask.arguments.get("copies").map(|copies| plain(head(&copies.to_string(), SHOWN)));
             format!(

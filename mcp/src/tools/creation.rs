@@ -33,8 +33,10 @@ pub const SPAWN: Tool = Tool {
 };
 
 /// Arguments of a new VM that few callers need.
-pub const UNLISTED: [&str; 8] = [
+pub const UNLISTED: [&str; 10] = [
+    "disk_bytes",
     "disk_quota_bytes",
+    "idle_seconds",
     "machine",
     "accel",
     "nested",

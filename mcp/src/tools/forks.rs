@@ -21,7 +21,7 @@ const COPIES_MAX: usize = 16;
 
 pub const FORK: Tool = Tool {
     op: op::VM_FORK,
-    title: "Copy a running VM",
+    title: "Copy a VM",
     about: "Copies a running VM with memory and disk, to try several ways from one state. It keeps running.",
     hints: SINGLE_USE_HINTS,
     takes: schema::arguments::<Fork>,

@@ -12,6 +12,7 @@ mod golden;
 mod jobs;
 mod lifecycle;
 mod logs;
+mod network;
 mod operation;
 mod ports;
 mod run;
@@ -51,7 +52,7 @@ use crate::schema;
 pub(crate) use creation::{DEFAULT_NET, spawn_request};
 
 /// Every tool, in the order in which they are listed.
-pub const ALL: [&Tool; 20] = [
+pub const ALL: [&Tool; 21] = [
     &vms::LS,
     &vms::INFO,
     &logs::LOGS,
@@ -65,6 +66,7 @@ pub const ALL: [&Tool; 20] = [
     &files::UPLOAD,
     &files::DOWNLOAD,
     &ports::PORTS,
+    &network::NETWORK,
     &forks::FORK,
     &snapshots::SNAPSHOT,
     &snapshots::RESTORE,

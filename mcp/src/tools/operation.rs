@@ -31,6 +31,11 @@ pub trait Operation: Debug + Send + Sync {
         false
     }
 
+    /// Whether the guest may reach more afterwards than its rules, and the limits of the caller, allow now.
+    fn widens<'a>(&'a self, _: &'a CallContext) -> BoxFuture<'a, Result<bool>> {
+        Box::pin(async { Ok(false) })
+    }
+
     /// Fails if the operation would fail as things are, so that no confirmation is requested for an impossible operation.
     fn admit<'a>(&'a self, _: &'a CallContext) -> BoxFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })

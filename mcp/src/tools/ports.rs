@@ -29,7 +29,7 @@ pub const PORTS: Tool = Tool {
 #[serde(deny_unknown_fields)]
 struct PortArguments {
     name: VmName,
-    /// HOST:GUEST, or GUEST for any host port.
+    /// HOST:GUEST, or GUEST for any.
     #[serde(default)]
     publish: Option<String>,
     #[serde(default)]

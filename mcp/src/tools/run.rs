@@ -26,7 +26,8 @@ pub const RUN: Tool = Tool {
 };
 
 /// Arguments of the command that few callers need, and those of the VM.
-const UNLISTED: [&str; 13] = [
+const UNLISTED: [&str; 14] = [
+    "memory_mib",
     "env",
     "directory",
     "user",

@@ -49,7 +49,7 @@ impl Operation for Take {
 pub const RESTORE: Tool = Tool {
     op: op::VM_RESTORE,
     title: "Restore a snapshot",
-    about: "Takes a VM back to a snapshot; everything since is lost. The user may be asked.",
+    about: "Takes a VM back to a snapshot; everything since is lost. May ask the user.",
     hints: REPEATABLE,
     takes: schema::arguments::<Restore>,
     unlisted: &["timeout_seconds"],

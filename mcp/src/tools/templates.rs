@@ -30,7 +30,7 @@ struct List {
     /// At most so many; default 50.
     #[schema(minimum = 1, maximum = 500)]
     limit: Option<usize>,
-    /// next_cursor of the last page.
+    /// A next_cursor.
     cursor: Option<String>,
 }
 
@@ -81,7 +81,7 @@ impl Operation for List {
 pub const CREATE: Tool = Tool {
     op: op::TEMPLATE_CREATE,
     title: "Create a template",
-    about: "Creates a template from a VM's disk, for more VMs with its software. Takes a minute. Next: vm_spawn.",
+    about: "Creates a template from a VM's disk, for more VMs with its software. Next: vm_spawn.",
     hints: SINGLE_USE_HINTS,
     takes: schema::arguments::<Create>,
     unlisted: &[],
@@ -96,7 +96,7 @@ struct Create {
     name: TemplateName,
     /// A VM.
     from: VmName,
-    /// Sooner done, but its VMs start slowly.
+    /// Faster; its VMs start slowly.
     #[serde(default)]
     no_bake: bool,
 }

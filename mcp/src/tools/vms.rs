@@ -38,7 +38,7 @@ struct Ls {
     /// Default 50.
     #[schema(minimum = 1, maximum = 500)]
     limit: Option<usize>,
-    /// next_cursor of the last page.
+    /// A next_cursor.
     cursor: Option<String>,
 }
 
@@ -123,7 +123,7 @@ impl Operation for Info {
 pub const DELETE: Tool = Tool {
     op: op::VM_DELETE,
     title: "Delete a VM",
-    about: "Deletes a VM, its disk and snapshots permanently. The user may be asked, except about your own ephemeral \
+    about: "Deletes a VM, its disk and snapshots permanently. May ask the user, except about your own ephemeral \
         VMs.",
     hints: REPEATABLE,
     takes: schema::arguments::<Delete>,

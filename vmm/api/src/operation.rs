@@ -44,11 +44,13 @@ pub enum ConfirmationScope {
     Ephemeral,
     /// Those that replace a file of the host.
     Overwrite,
+    /// Those after which a guest may reach more.
+    Widen,
 }
 
 impl ConfirmationScope {
     /// The conditions that have a word of their own.
-    pub const CONDITIONS: [Self; 3] = [Self::Foreign, Self::Ephemeral, Self::Overwrite];
+    pub const CONDITIONS: [Self; 4] = [Self::Foreign, Self::Ephemeral, Self::Overwrite, Self::Widen];
 
     /// The word in a policy, after `@`; none for all calls.
     #[must_use]
@@ -58,6 +60,7 @@ impl ConfirmationScope {
             Self::Foreign => Some("foreign"),
             Self::Ephemeral => Some("ephemeral"),
             Self::Overwrite => Some("overwrite"),
+            Self::Widen => Some("widen"),
         }
     }
 
@@ -69,6 +72,7 @@ impl ConfirmationScope {
             Self::Foreign => "on a VM of another caller",
             Self::Ephemeral => "on an ephemeral VM",
             Self::Overwrite => "if a file of the host is replaced",
+            Self::Widen => "if the guest may reach more",
         }
     }
 }

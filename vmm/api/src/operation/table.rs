@@ -1,6 +1,6 @@
 //! The entries of the registry, by noun.
 
-use super::ConfirmationScope::{Any, Ephemeral, Foreign, Overwrite};
+use super::ConfirmationScope::{Any, Ephemeral, Foreign, Overwrite, Widen};
 use super::{Operation, Scope};
 
 /// Defines a constant for each operation, and [`ALL`] in the same order.
@@ -64,6 +64,8 @@ operations! {
     VM_PROXY = Op::write("vm_proxy", "vm", "proxy").command("proxy");
     /// Lists, publishes and withdraws ports of a VM.
     VM_PORTS = Op::destroy("vm_ports", "vm", "ports").confirmed(&[Foreign]).tool("vm_ports");
+    /// Shows the network of a VM, and adds or removes rules.
+    VM_NETWORK = Op::destroy("vm_network", "vm", "network").confirmed(&[Foreign, Widen]).tool("vm_network");
     /// Lists the published ports of a VM.
     FORWARD_LIST = Op::read("forward_list", "forward", "list")
         .command("forward ls").tool("vm_ports").get("/v1/vms/{name}/forwards", "forward_list");
@@ -74,13 +76,14 @@ operations! {
     FORWARD_REMOVE = Op::write("forward_remove", "forward", "remove")
         .command("forward rm").tool("vm_ports").delete("/v1/vms/{name}/forwards/{host_port}", "forward_remove");
     /// Returns the rules of a VM's network, and what that has done.
-    NET_SHOW = Op::read("net_show", "network", "show").command("net show").get("/v1/vms/{name}/network", "net_show");
+    NET_SHOW = Op::read("net_show", "network", "show")
+        .command("net show").tool("vm_network").get("/v1/vms/{name}/network", "net_show");
     /// Adds rules to a VM's network, also while it runs.
     NET_ALLOW = Op::write("net_allow", "network", "allow")
-        .command("net allow").post("/v1/vms/{name}/network/rules", "net_allow");
+        .command("net allow").tool("vm_network").post("/v1/vms/{name}/network/rules", "net_allow");
     /// Removes rules from a VM's network, also while it runs.
     NET_DENY = Op::write("net_deny", "network", "deny")
-        .command("net deny").delete("/v1/vms/{name}/network/rules/{rule}", "net_deny");
+        .command("net deny").tool("vm_network").delete("/v1/vms/{name}/network/rules/{rule}", "net_deny");
     /// Lists presets of network rules.
     NET_PRESETS = Op::read("net_presets", "network", "presets").command("net presets").get("/v1/network/presets", "net_presets");
     /// Lists the snapshots of a VM.

@@ -6,7 +6,7 @@
 //!
 //! Invariant: the store has the rules before the supervisor is asked, so a supervisor that starts meanwhile has them as well.
 
-use nido_api::egress::{effective_rules, split_entries};
+use nido_api::egress::{covers, effective_rules, split_entries};
 use nido_api::error::{Error, Hint, Result};
 use nido_api::operation as op;
 use nido_api::{AllowEntry, Grant, RuleChange, RuleChangeResult, VmNetwork, VmRef, VmSpec};
@@ -40,6 +40,25 @@ impl Nido {
         grant: &Grant,
     ) -> Result<RuleChangeResult> {
         let row = self.resolve(vm.into())?;
+        let change = self.checked_addition(&row, entries, grant).await?;
+        self.change_rules(&row, &change).await
+    }
+
+    /// Whether the guest could reach more with these rules than with those that it has, where no limit of the grant covers them.
+    ///
+    /// # Errors
+    /// Those that [`Self::net_allow`] would have.
+    pub async fn net_widens(&self, vm: impl Into<VmRef<'_>>, entries: Vec<AllowEntry>, grant: &Grant) -> Result<bool> {
+        let row = self.resolve(vm.into())?;
+        let change = self.checked_addition(&row, entries, grant).await?;
+        let changed = change.apply(&row.spec)?;
+        let (before, after) = (row.spec.rules(), effective_rules(&changed.allow, &changed.presets));
+        // What the limits do not cover was refused.
+        Ok(grant.limits.allow.is_none() && after.iter().any(|rule| !covers(&before, rule)))
+    }
+
+    /// The addition of these rules, if the limits allow it.
+    async fn checked_addition(&self, row: &VmRow, entries: Vec<AllowEntry>, grant: &Grant) -> Result<RuleChange> {
         grant.limits.check_net(row.spec.net)?;
         let (rules, presets) = split_entries(entries);
         let presets = self.expanded(presets).await?;
@@ -49,7 +68,7 @@ impl Nido {
             &VmSpec { allow: wanted, presets: Vec::new(), ..row.spec.clone() },
             row.parts.allow.as_deref(),
         )?;
-        self.change_rules(&row, &RuleChange::Allow(rules, presets)).await
+        Ok(RuleChange::Allow(rules, presets))
     }
 
     /// Removes rules of a VM's network: all of them, or none if one is not there. Connections that no rule allows any more are reset

@@ -49,6 +49,8 @@ pub struct Facts<'a> {
     pub ephemeral: bool,
     /// A file of the host is replaced.
     pub overwrites: bool,
+    /// The guest may reach more.
+    pub widens: bool,
 }
 
 /// Whether a condition applies to a call.
@@ -58,6 +60,7 @@ const fn applies(when: ConfirmationScope, facts: &Facts<'_>) -> bool {
         ConfirmationScope::Foreign => facts.foreign,
         ConfirmationScope::Ephemeral => facts.ephemeral,
         ConfirmationScope::Overwrite => facts.overwrites,
+        ConfirmationScope::Widen => facts.widens,
     }
 }
 
@@ -148,7 +151,7 @@ impl FromStr for Question {
             Some((tool, word)) => {
                 let known = ConfirmationScope::CONDITIONS.into_iter().find(|known| known.word() == Some(word));
                 let known = known.ok_or_else(|| {
-                    wrong(format!("'{}' is not `foreign`, `ephemeral` or `overwrite`", word.escape_debug()))
+                    wrong(format!("'{}' is not `foreign`, `ephemeral`, `overwrite` or `widen`", word.escape_debug()))
                 })?;
                 (tool, known)
             }
@@ -180,7 +183,7 @@ fn wrong(words: String) -> Error {
 mod tests {
     use super::*;
 
-    const OWN: Facts<'_> = Facts { tool: "vm_exec", foreign: false, ephemeral: true, overwrites: false };
+    const OWN: Facts<'_> = Facts { tool: "vm_exec", foreign: false, ephemeral: true, overwrites: false, widens: false };
 
     // Commands in a VM that another caller had created, and files over those of the host, could not require confirmation at all.
     #[test]
@@ -215,6 +218,15 @@ mod tests {
             [true, false],
             "a list is exactly that"
         );
+        let network = Facts { tool: "vm_network", ..OWN };
+        assert_eq!(
+            [
+                requires_confirmation("always", network),
+                requires_confirmation("always", Facts { widens: true, ..network }),
+                requires_confirmation("vm_network@widen", network)
+            ],
+            [false, true, false]
+        );
         let write = Facts { tool: "vm_download", overwrites: true, ..OWN };
         assert!(
             requires_confirmation("always", write)
@@ -237,8 +249,9 @@ mod tests {
         ] {
             assert_eq!(of(tool), [when], "{tool}");
         }
+        assert_eq!(of("vm_network"), [ConfirmationScope::Foreign, ConfirmationScope::Widen]);
         let asked = operation::ALL.iter().filter_map(|one| one.tool).filter(|tool| Confirm::Always.concerns(tool));
-        assert_eq!(asked.collect::<std::collections::BTreeSet<_>>().len(), 8, "of the tools, no other");
+        assert_eq!(asked.collect::<std::collections::BTreeSet<_>>().len(), 9, "of the tools, no other");
     }
 
     #[test]

@@ -74,7 +74,7 @@ enum Change {
     Deny(Vec<AllowEntry>),
 }
 
-/// The change that a line requests. Front ends name the rules `allow`, `rules` and `rule`.
+/// The change that a line requests. Front ends name the rules `allow`, `rules`, `rule` and `deny`.
 fn change_of(tool: &[u8], params: &[u8]) -> Option<Change> {
     let params: Value = serde_json::from_slice(params).ok()?;
     let of = |key: &str| match params.get(key) {
@@ -84,6 +84,9 @@ fn change_of(tool: &[u8], params: &[u8]) -> Option<Change> {
     };
     let rules: Vec<_> = ["allow", "rules", "rule"].into_iter().flat_map(of).collect();
     match tool {
+        // An agent's call has one of them, or only lists.
+        b"vm_network" if !rules.is_empty() => Some(Change::Allow(rules)),
+        b"vm_network" => Some(of("deny")).filter(|removed| !removed.is_empty()).map(Change::Deny),
         b"net_allow" => Some(Change::Allow(rules)),
         b"net_deny" => Some(Change::Deny(rules)),
         _ => None,
