@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use serde_json::json;
 
 use crate::rig::{Call, Namespaces, TestHome, Vm};
 
@@ -124,7 +125,7 @@ fn a_program_of_the_guest_uses_a_secret_that_the_guest_does_not_have() {
     set(&home, VALUE);
     site.call(spawn("web")).ok();
     let web = Vm { home: &home, name: "web" };
-    assert_eq!(web.info()["secrets"], serde_json::json!(["key@example.com:authorization"]));
+    assert_eq!(web.info()["secrets"], json!(["key@example.com:authorization"]));
 
     // Its system trusts the VM's authority; the value is put into the header that was named.
     assert_eq!(get(&web, EXAMPLE), OK);
@@ -141,12 +142,25 @@ fn a_program_of_the_guest_uses_a_secret_that_the_guest_does_not_have() {
     assert_eq!(site.seen(), format!("example.com / Bearer {ROTATED} nido-secret-key\n"));
     let events = home.nido(["events", "--json", "--since", "0"]).ok().text();
     assert!(events.contains("secret.used") && events.contains("key@example.com:authorization"), "{events}");
+    // Three requests of one use: the first is a line at once, the others are counted until the VM ends.
+    let show = ["audit", "show", "--log", "events", "--tool", "secret.used", "--vm", "web", "--json"];
+    let counts = || {
+        let shown = home.nido(show).ok().json();
+        let records = shown["records"].as_array().unwrap().clone();
+        let details = records.iter().map(|record| record["params"]["details"].clone());
+        details.map(|one| (one["secret"].clone(), one["secret_requests"].clone())).collect::<Vec<_>>()
+    };
+    let of = |requests: u64| (json!("key@example.com:authorization"), json!(requests));
+    assert_eq!(counts(), [of(1)]);
 
     // After a restart.
     site.call(home.nido(["restart", "web"])).ok();
+    assert_eq!(counts(), [of(1), of(1)]);
     assert_eq!(get(&web, EXAMPLE), OK);
     assert_eq!(site.seen(), format!("example.com / Bearer {ROTATED} nido-secret-key\n"));
 
+    let receipt = home.nido(["audit", "receipt", "web"]).ok().json();
+    assert_eq!((&receipt["secrets"][0]["secret"], &receipt["secrets"][0]["requests"]), (&of(3).0, &of(3).1));
     // The values are in no file of the home: disks, logs, records, the database.
     for value in [VALUE, ROTATED] {
         assert_eq!(files_with(&home.path(), value), Vec::<PathBuf>::new());

@@ -36,7 +36,7 @@ pub enum EventKind {
     VmLimitHit,
     /// A VM's network refused what its guest tried to reach: the first time for each destination, then once a minute at most.
     NetDenied,
-    /// A secret was put into a request of a VM: the first time for each use, then once a minute at most.
+    /// A secret was put into requests of a VM: the first time for each use, then once a minute at most, with their number.
     SecretUsed,
     /// A snapshot is whole.
     SnapshotCreated,
@@ -206,6 +206,10 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub secret: Option<SecretUse>,
+    /// Of the use of a secret: how many requests got it since the event before about the same use, that of this event included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub secret_requests: Option<u64>,
     /// Of a creation: what the VM was made from, and its network.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{AuditLog, NetChoice};
+use super::{AuditLog, NetChoice, SecretUse};
 use crate::egress::AllowEntry;
 use crate::name::{SnapshotName, TemplateName, VmName};
 
@@ -27,6 +27,9 @@ pub struct AuditReceipt {
     pub vm: ReceiptVm,
     /// The networks and rules that it had, the oldest first.
     pub network: Vec<ReceiptNetwork>,
+    /// The secrets that its requests got. Absent: none, or by an earlier version of nido.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub secrets: Vec<ReceiptSecret>,
     /// The snapshots that it has.
     pub snapshots: Vec<ReceiptSnapshot>,
     /// The log of writes, from the VM's first line to the log's last.
@@ -81,6 +84,20 @@ pub struct ReceiptNetwork {
     pub net: NetChoice,
     /// The rules, and the presets by name. The rules of a preset are in the event of the creation.
     pub allow: Vec<AllowEntry>,
+}
+
+/// A secret that requests of the VM got.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiptSecret {
+    /// Its name, the host that got it, and the header.
+    pub secret: SecretUse,
+    /// How many requests were recorded.
+    pub requests: u64,
+    /// When it was first recorded.
+    pub first_at: Timestamp,
+    /// When it was last recorded.
+    pub last_at: Timestamp,
 }
 
 /// A snapshot.
@@ -154,6 +171,8 @@ pub struct ReceiptVerdict {
     pub hidden: u64,
     /// How many lines in between do not link the chain, because an earlier version of nido wrote them.
     pub unlinked: u64,
+    /// The secrets that its requests got.
+    pub secrets: Vec<ReceiptSecret>,
     /// The number of the line that a checkpoint signs, if one was given and matches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<u64>,

@@ -1,29 +1,25 @@
 //! The secrets that the requests of a VM get: which, for which hosts, and where their values are.
 //!
 //! Invariants: a value is read for each request that needs it, so that a new one applies at once; no value leaves before its use
-//! was reported.
+//! is recorded (`usage.rs`).
 
-use std::cell::RefCell;
-use std::collections::HashMap;
+mod usage;
+
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use nido_api::name::SecretName;
 use nido_api::{SecretUse, SecretValue};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::sync::{OnceCell, mpsc};
-use tokio::time::timeout;
 
+use self::usage::Usage;
+pub use self::usage::UseReport;
 use crate::authority::Authority;
 
 /// Where the value of a secret is read.
 pub type SecretSource = Arc<dyn Fn(&SecretName) -> nido_api::error::Result<SecretValue> + Send + Sync>;
 
-/// How long a use that was reported is not reported again.
-const REPORT_INTERVAL: Duration = Duration::from_secs(60);
-/// How long the report of a use may take.
-const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many connections get secrets at a time.
 const CONNECTIONS_MAX: usize = 64;
 
@@ -36,8 +32,7 @@ pub struct Credentials {
     uses: Vec<SecretUse>,
     source: SecretSource,
     authority: Arc<Authority>,
-    reports: mpsc::Sender<SecretUse>,
-    reported: RefCell<HashMap<SecretUse, Instant>>,
+    usage: Arc<Usage>,
     roots: OnceCell<Arc<RootCertStore>>,
     slots: Slot,
 }
@@ -55,10 +50,10 @@ impl Credentials {
         uses: Vec<SecretUse>,
         source: SecretSource,
         authority: Arc<Authority>,
-        reports: mpsc::Sender<SecretUse>,
+        reports: mpsc::Sender<UseReport>,
     ) -> Self {
-        let (reported, roots) = (RefCell::default(), OnceCell::new());
-        Self { uses, source, authority, reports, reported, roots, slots: Slot::default() }
+        let usage = Arc::new(Usage::new(reports));
+        Self { uses, source, authority, usage, roots: OnceCell::new(), slots: Slot::default() }
     }
 
     /// The same, for servers that these authorities certify.
@@ -95,18 +90,19 @@ impl Credentials {
         read.map_err(|_| "it could not be read".to_owned())?.map_err(|e| e.to_string())
     }
 
-    /// Reports a use, unless it was reported within the last minute. `false` if it cannot be reported.
-    pub(crate) async fn report(&self, used: &SecretUse) -> bool {
-        let now = Instant::now();
-        let is_recent = |at: &Instant| now.saturating_duration_since(*at) < REPORT_INTERVAL;
-        if self.reported.borrow().get(used).is_some_and(is_recent) {
-            return true;
-        }
-        let is_sent = matches!(timeout(REPORT_TIMEOUT, self.reports.send(used.clone())).await, Ok(Ok(())));
-        if is_sent {
-            self.reported.borrow_mut().insert(used.clone(), now);
-        }
-        is_sent
+    /// Counts a use, and has it recorded, unless that was done within the last minute. `false` if it cannot be recorded.
+    pub(crate) async fn record(&self, used: &SecretUse) -> bool {
+        self.usage.record(used).await
+    }
+
+    /// The uses that were not recorded yet, with their numbers; they count as recorded then.
+    pub(crate) async fn take_uses(&self) -> Vec<(SecretUse, u64)> {
+        self.usage.take().await
+    }
+
+    /// Reports uses that are counted for a minute, without an end.
+    pub(crate) async fn report_counts(&self) {
+        self.usage.report_counts().await;
     }
 
     /// How servers are verified: by the host's certificates.

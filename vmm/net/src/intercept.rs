@@ -263,7 +263,7 @@ impl Interception {
             let filled: Result<Vec<_>, _> = headers.get_all(&name).iter().map(fill).collect();
             let filled = filled.map_err(|_| unavailable("it is no value of a header"))?;
             // Before it leaves.
-            if !self.credentials.report(used).await {
+            if !self.credentials.record(used).await {
                 return Err(unavailable("its use cannot be recorded"));
             }
             headers.remove(&name);

@@ -39,7 +39,7 @@ pub mod traffic;
 mod udp;
 
 pub use authority::Authority;
-pub use credentials::{Credentials, SecretSource};
+pub use credentials::{Credentials, SecretSource, UseReport};
 pub use network::Network;
 pub use policy::{Mode, Policy};
 pub use shared::{Limits, Report, Reports, Settings};

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use nido_api::SecretUse;
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
@@ -29,6 +30,7 @@ enum Command {
     Report(oneshot::Sender<Report>),
     SetPolicy(Policy, oneshot::Sender<()>),
     Pins(oneshot::Sender<Vec<PinRecord>>),
+    TakeUses(oneshot::Sender<Vec<(SecretUse, u64)>>),
     ResetConnections(Vec<(SocketAddr, SocketAddr)>),
 }
 
@@ -51,6 +53,9 @@ impl Network {
                 let shared = Shared::new(port, settings, reports.denials, reports.byte_limits);
                 let pins = Rc::clone(&shared);
                 spawn_local(async move { pins.send_pins(reports.pins).await });
+                if let Some(credentials) = shared.credentials.clone() {
+                    spawn_local(async move { credentials.report_counts().await });
+                }
                 tokio::select! {
                     result = Rc::clone(&shared).serve() => {
                         tracing::error!("the VM's network has ended: {:?}", result.err());
@@ -80,6 +85,13 @@ impl Network {
         pins.await.ok()
     }
 
+    /// The uses of secrets that were counted and not reported yet; they count as reported then. `None` if the network has ended.
+    pub async fn take_uses(&self) -> Option<Vec<(SecretUse, u64)>> {
+        let (reply, uses) = oneshot::channel();
+        self.commands.send(Command::TakeUses(reply)).ok()?;
+        uses.await.ok()
+    }
+
     /// Resets connections that the guest still believes in, each by the guest's end and the other, unless they are known here.
     pub fn reset_connections(&self, ends: Vec<(SocketAddr, SocketAddr)>) {
         let _ = self.commands.send(Command::ResetConnections(ends));
@@ -102,6 +114,17 @@ async fn run_commands(shared: &Rc<Shared>, mut commands: mpsc::UnboundedReceiver
             Command::SetPolicy(policy, reply) => {
                 shared.set_policy(policy);
                 let _ = reply.send(());
+            }
+            // A report that is under way must not keep other commands waiting.
+            Command::TakeUses(reply) => {
+                let credentials = shared.credentials.clone();
+                spawn_local(async move {
+                    let uses = match credentials {
+                        Some(credentials) => credentials.take_uses().await,
+                        None => Vec::new(),
+                    };
+                    let _ = reply.send(uses);
+                });
             }
             // A QEMU that takes no frames must not keep other commands waiting.
             Command::ResetConnections(ends) => {

@@ -65,7 +65,7 @@ pub enum Transition {
     /// The network refused what the guest tried to reach.
     NetDenied(Box<Denial>),
     /// A secret was put into a request.
-    SecretUsed(Box<SecretUse>),
+    SecretUsed(Box<SecretUse>, u64),
     /// QEMU has ended, or never ran.
     Ended(Box<VmEnd>),
     /// The disk is again as it was in a snapshot.
@@ -184,7 +184,7 @@ impl Transition {
             | Self::MachineChanged(_)
             | Self::LimitReached(_)
             | Self::NetDenied(_)
-            | Self::SecretUsed(_)
+            | Self::SecretUsed(..)
             | Self::Ended(_) => SUPERVISED,
             // A snapshot of a stopped VM can reach its quota.
             Self::Adopted(_) | Self::LimitHit(_) => &VmState::ALL,
@@ -202,7 +202,7 @@ impl Transition {
             Self::Ended(end) => Some(end.state),
             Self::FoundRunning => Some(VmState::Running),
             Self::AddressChanged { .. } | Self::MachineChanged(_) | Self::Adopted(_) => None,
-            Self::LimitReached(_) | Self::LimitHit(_) | Self::NetDenied(_) | Self::SecretUsed(_) => None,
+            Self::LimitReached(_) | Self::LimitHit(_) | Self::NetDenied(_) | Self::SecretUsed(..) => None,
         }
     }
 
@@ -245,7 +245,7 @@ impl Transition {
             columns.set("state_cause", self.cause().map(StateCause::word));
         }
         match self {
-            Self::StartBegan | Self::StartGivenUp { .. } | Self::NetDenied(_) | Self::SecretUsed(_) => {}
+            Self::StartBegan | Self::StartGivenUp { .. } | Self::NetDenied(_) | Self::SecretUsed(..) => {}
             Self::LimitReached(_) | Self::LimitHit(_) => {
                 if let Some(hit) = self.limit_hit(before) {
                     let mut hits = before.limits_hit.clone();

@@ -254,6 +254,7 @@ impl Supervisor {
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
         let cause = self.lifecycle.end_cause(state);
         let last_log_entries = self.lifecycle.evidence().console_tail.clone();
+        self.record_counted_uses().await;
         self.unwritten.push(Transition::Ended(Box::new(VmEnd { state, cause, failure, last_log_entries })));
         let (context, row) = (&self.context, &self.row);
         let written = self.unwritten.flush(row, |transition| context.store().transition(&row.id, transition));

@@ -141,7 +141,7 @@ impl Supervisor {
             Report::ByteLimit(reached) => self.on_limit_hit(super::recorded_limits::of_bytes(&reached)),
             Report::Resolved(pins) => self.keep_pins(pins),
             Report::HostLimits(found) => self.on_host_limits(*found),
-            Report::SecretUsed(used) => self.on_secret_used(used),
+            Report::SecretUsed(used) => self.on_secret_used(*used),
             Report::JobEnded(what, outcome) => {
                 if let Err(error) = outcome {
                     tracing::warn!("{what}: {error}");

@@ -1,13 +1,14 @@
 //! What the supervisor asks its VM's network for, and records of it.
 
+use std::pin::pin;
 use std::time::Duration;
 
-use nido_api::SecretUse;
 use nido_api::egress::{Denial, NetworkInfo};
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::NAME_PINS;
+use nido_net::UseReport;
 use nido_net::names::PinRecord;
-use nido_store::Transition;
+use nido_store::{Transition, TransitionOutcome};
 use tokio::time::timeout;
 
 use super::name_pins;
@@ -90,10 +91,41 @@ impl Supervisor {
         self.report_end(job, PINS_TIMEOUT);
     }
 
-    /// Records the use of a secret.
-    pub(super) fn on_secret_used(&mut self, used: Box<SecretUse>) {
-        tracing::info!("a request used the secret {used}");
-        self.write(Transition::SecretUsed(used));
+    /// Records uses of a secret. The request waits for it: what the store does not take now is refused, and not repeated.
+    pub(super) fn on_secret_used(&mut self, report: UseReport) {
+        tracing::info!("{} requests use the secret {}", report.requests, report.used);
+        self.flush();
+        let is_recorded = self.unwritten.is_empty() && {
+            let used = Transition::SecretUsed(Box::new(report.used), report.requests);
+            match self.context.store().transition(&self.row.id, &used) {
+                Ok(outcome) => outcome == TransitionOutcome::Yes,
+                Err(error) => {
+                    tracing::error!("the use of a secret cannot be recorded: {error}");
+                    false
+                }
+            }
+        };
+        let _ = report.recorded.send(is_recorded);
+    }
+
+    /// Has the uses of secrets recorded that were only counted: the VM ends.
+    pub(super) async fn record_counted_uses(&mut self) {
+        let Some(network) = self.network.clone().filter(|_| self.certificate.is_some()) else { return };
+        let mut taken = pin!(timeout(REPLY_TIMEOUT, network.take_uses()));
+        let uses = loop {
+            tokio::select! {
+                uses = &mut taken => break uses.ok().flatten().unwrap_or_default(),
+                // A request that waits for its record keeps the counts locked.
+                Some(report) = self.reports.1.recv() => {
+                    if let Report::SecretUsed(report) = report {
+                        self.on_secret_used(*report);
+                    }
+                }
+            }
+        };
+        for (used, requests) in uses {
+            self.unwritten.push(Transition::SecretUsed(Box::new(used), requests));
+        }
     }
 
     /// Records a refusal.

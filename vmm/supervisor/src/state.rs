@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use nido_api::HostLimits;
 use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
-use nido_api::{HostLimits, SecretUse};
 use nido_engine::guest::{Channel, Guest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir};
 use nido_engine::machine::{Accel, Machine, Transport};
@@ -17,7 +17,7 @@ use nido_files::lock::HeldLock;
 use nido_files::private_dir::{make_socket_private, remove_socket};
 use nido_guest_agent::wire::Pong;
 use nido_net::names::PinRecord;
-use nido_net::{ByteLimit, Network, Reports};
+use nido_net::{ByteLimit, Network, Reports, UseReport};
 use nido_store::{Origin, Transition, VmRow};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -129,8 +129,8 @@ pub(super) enum Report {
     ByteLimit(ByteLimit),
     /// What the kernel limits of QEMU and this supervisor.
     HostLimits(Box<HostLimits>),
-    /// The network has put a secret into a request.
-    SecretUsed(Box<SecretUse>),
+    /// The network is about to put a secret into a request, or has counted those that it did.
+    SecretUsed(Box<UseReport>),
     /// What a job does, and its outcome: an error, too, if it is late and continues.
     JobEnded(&'static str, Result<()>),
 }

@@ -80,12 +80,15 @@ impl VerifyArgs {
 
 /// A verdict in sentences.
 fn proven(verdict: &ReceiptVerdict) -> String {
-    let ReceiptVerdict { vm, time, public_key, lines, hidden, checkpoint, not_proven, .. } = verdict;
+    let ReceiptVerdict { vm, time, public_key, lines, hidden, checkpoint, not_proven, secrets, .. } = verdict;
     let mut text = format!(
         "the receipt of VM {} ({}) of {time:.0} is valid\nsigned with the key {public_key}\n\
          verified {lines} records of the VM, and the hashes of {hidden} others in between\n",
         vm.name, vm.id
     );
+    for used in secrets {
+        text.push_str(&format!("{} requests got the secret {}\n", used.requests, used.secret));
+    }
     if let Some(seq) = checkpoint {
         text.push_str(&format!("line {seq} is the one that the checkpoint signs\n"));
     }

@@ -36,7 +36,7 @@ impl Nido {
         let mut events = SegmentBuilder::new(subject.first_event);
         each(&events_log, |text| events.push(text, |line| is_event_of(line, &subject.id)))?;
         let (events, own_events) = events.end();
-        let Facts { vm, network } = facts(&subject.id, &name, &own_events, &own_acts);
+        let Facts { vm, network, secrets, .. } = facts(&subject.id, &name, &own_events, &own_acts);
         let snapshots = self.hash_snapshots(&subject.id, &name, &mut note)?;
         let key = Key::open(&self.audit_log()?)?;
         let receipt = AuditReceipt {
@@ -47,6 +47,7 @@ impl Nido {
             time: moment::now(),
             vm,
             network,
+            secrets,
             snapshots,
             acts,
             events,

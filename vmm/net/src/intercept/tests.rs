@@ -3,7 +3,7 @@
 mod http1;
 mod http2;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
@@ -11,8 +11,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nido_api::SecretValue;
 use nido_api::egress::{Denial, DenialReason};
-use nido_api::{SecretUse, SecretValue};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
@@ -24,7 +24,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::{Interception, OneCertificate};
 use crate::authority::Authority;
-use crate::credentials::Credentials;
+use crate::credentials::{Credentials, UseReport};
 use crate::policy::{Mode, Policy};
 use crate::port::Port;
 use crate::shared::{Settings, Shared};
@@ -47,7 +47,10 @@ struct World {
     shared: Rc<Shared>,
     credentials: Rc<Credentials>,
     denials: mpsc::Receiver<Denial>,
-    used: mpsc::Receiver<SecretUse>,
+    /// Uses that were recorded.
+    used: Rc<RefCell<Vec<String>>>,
+    /// Whether uses can be recorded.
+    records: Rc<Cell<bool>>,
     vm_authority: Arc<Authority>,
     server_authority: Authority,
     value: Arc<Mutex<Option<String>>>,
@@ -67,7 +70,17 @@ impl World {
                 None => Err(nido_api::error::Error::internal("it is gone")),
             })
         };
-        let (reports, used) = mpsc::channel(64);
+        let (reports, mut received) = mpsc::channel::<UseReport>(64);
+        let (used, records) = (Rc::<RefCell<Vec<String>>>::default(), Rc::new(Cell::new(true)));
+        let (recorded, is_recording) = (Rc::clone(&used), Rc::clone(&records));
+        spawn_local(async move {
+            while let Some(report) = received.recv().await {
+                if is_recording.get() {
+                    recorded.borrow_mut().push(report.used.to_string());
+                }
+                let _ = report.recorded.send(is_recording.get());
+            }
+        });
         let uses = ["key@api.example.com".parse().unwrap()].into();
         let credentials = Credentials::new(uses, source, Arc::clone(&vm_authority), reports);
         let credentials = Rc::new(credentials.with_roots(roots(&server_authority)));
@@ -77,7 +90,7 @@ impl World {
         let (reports, denials) = mpsc::channel(64);
         let shared = Shared::new(port, Settings::new(policy), reports, mpsc::channel(1).0);
         let seen = Seen::default();
-        Self { shared, credentials, denials, used, vm_authority, server_authority, value, seen, _qemu: qemu }
+        Self { shared, credentials, denials, used, records, vm_authority, server_authority, value, seen, _qemu: qemu }
     }
 
     /// A server for these protocols, of this authority, for one connection after the other.
@@ -144,7 +157,7 @@ impl World {
     }
 
     fn used(&mut self) -> Vec<String> {
-        std::iter::from_fn(|| self.used.try_recv().ok()).map(|used| used.to_string()).collect()
+        std::mem::take(&mut *self.used.borrow_mut())
     }
 }
 

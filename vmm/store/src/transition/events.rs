@@ -25,8 +25,9 @@ pub(super) fn events_of(before: &VmRow, transition: &Transition) -> Vec<(EventKi
         Transition::NetDenied(denial) => {
             vec![(EventKind::NetDenied, EventDetails { denial: Some(Denial::clone(denial)), ..of_vm(before) })]
         }
-        Transition::SecretUsed(used) => {
-            vec![(EventKind::SecretUsed, EventDetails { secret: Some(SecretUse::clone(used)), ..of_vm(before) })]
+        Transition::SecretUsed(used, requests) => {
+            let (secret, secret_requests) = (Some(SecretUse::clone(used)), Some(*requests));
+            vec![(EventKind::SecretUsed, EventDetails { secret, secret_requests, ..of_vm(before) })]
         }
         Transition::Entered { state, cause, .. } => change_of_state(before, *state, *cause).into_iter().collect(),
         Transition::Ready(ready) => {

@@ -76,6 +76,7 @@ fn all() -> Vec<Transition> {
         Transition::LimitReached(Limit::Ttl),
         Transition::LimitHit(Box::new(LimitHit::new(LimitKind::Disk, Some(1), "full"))),
         Transition::NetDenied(Box::new(denial)),
+        Transition::SecretUsed(Box::new("key@example.com".parse().unwrap()), 3),
         Transition::ended(VmState::Failed, Some(failure)),
         Transition::DiskRestored { snapshot: "s".parse().unwrap(), to: VmState::Stopped },
         Transition::FoundRunning,

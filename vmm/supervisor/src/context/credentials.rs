@@ -5,13 +5,12 @@
 
 use std::sync::Arc;
 
-use nido_api::SecretUse;
 use nido_api::error::{Error, Result};
 use nido_api::name::SecretName;
 use nido_engine::home::AUTHORITY;
 use nido_engine::secrets::Secrets;
 use nido_files::atomic_file::{Durability, write_private};
-use nido_net::{Authority, Credentials, SecretSource};
+use nido_net::{Authority, Credentials, SecretSource, UseReport};
 use nido_store::{Purpose, VmRow};
 use tokio::sync::mpsc;
 
@@ -22,7 +21,7 @@ impl Context {
     ///
     /// # Errors
     /// The authority can be neither read nor made.
-    pub fn credentials(&self, row: &VmRow, reports: mpsc::Sender<SecretUse>) -> Result<Option<(Credentials, String)>> {
+    pub fn credentials(&self, row: &VmRow, reports: mpsc::Sender<UseReport>) -> Result<Option<(Credentials, String)>> {
         if row.purpose != Purpose::Use || row.spec.secrets.is_empty() || !row.spec.net.has_card() {
             return Ok(None);
         }

@@ -1,7 +1,8 @@
 //! What the lines about a VM state about it. Pure.
 
+use jiff::Timestamp;
 use nido_api::name::VmName;
-use nido_api::{AllowEntry, AuditLog, EventKind, ReceiptNetwork, ReceiptVm, VmSource};
+use nido_api::{AllowEntry, AuditLog, EventKind, ReceiptNetwork, ReceiptSecret, ReceiptVm, SecretUse, VmSource};
 use serde_json::Value;
 
 use super::super::event_record::EventParams;
@@ -14,6 +15,10 @@ pub struct Facts {
     pub vm: ReceiptVm,
     /// Its networks and rules, the oldest first.
     pub network: Vec<ReceiptNetwork>,
+    /// The secrets that its requests got, in the order of their first use.
+    pub secrets: Vec<ReceiptSecret>,
+    /// The last event: a process that is killed may have copied one twice.
+    last_event: Option<u64>,
 }
 
 /// Derives the facts about the VM of this id from its lines of both logs.
@@ -26,7 +31,7 @@ pub fn facts(id: &str, name: &VmName, events: &[Line], acts: &[Line]) -> Facts {
         template: None,
         parts: Default::default(),
     };
-    let mut facts = Facts { vm, network: Vec::new() };
+    let mut facts = Facts { vm, network: Vec::new(), secrets: Vec::new(), last_event: None };
     events.iter().for_each(|line| facts.take_event(line));
     acts.iter().for_each(|line| facts.take_act(line));
     facts
@@ -36,6 +41,12 @@ impl Facts {
     fn take_event(&mut self, line: &Line) {
         let Ok(params) = serde_json::from_slice::<EventParams>(&line.record.params) else { return };
         self.vm.template = self.vm.template.take().or(params.details.template);
+        let is_again = self.last_event.is_some_and(|last| params.cursor <= last);
+        self.last_event = self.last_event.max(Some(params.cursor));
+        if let (Some(secret), Some(requests), false) = (params.details.secret, params.details.secret_requests, is_again)
+        {
+            self.take_use(secret, requests, params.at);
+        }
         let tool = &line.record.tool;
         if *tool == EventKind::VmCreated.word().as_bytes() && self.vm.created_at.is_none() {
             self.vm.created_at = Some(params.at);
@@ -47,6 +58,16 @@ impl Facts {
             self.network.push(ReceiptNetwork { since: params.at, log, seq, net, allow });
         } else if *tool == EventKind::VmDeleted.word().as_bytes() {
             self.vm.deleted_at = Some(params.at);
+        }
+    }
+
+    fn take_use(&mut self, secret: SecretUse, requests: u64, at: Timestamp) {
+        match self.secrets.iter_mut().find(|known| known.secret == secret) {
+            Some(known) => {
+                known.requests = known.requests.saturating_add(requests);
+                known.last_at = at;
+            }
+            None => self.secrets.push(ReceiptSecret { secret, requests, first_at: at, last_at: at }),
         }
     }
 

@@ -57,6 +57,7 @@ pub fn verify(text: &[u8], key: Option<&str>, against: Option<&AuditCheckpoint>)
         hidden: acts.hidden + events.hidden,
         unlinked,
         checkpoint: against.map(|checkpoint| checkpoint.seq),
+        secrets: receipt.secrets,
         vm: receipt.vm,
     })
 }
@@ -96,6 +97,9 @@ fn check_facts(receipt: &AuditReceipt, events: &SegmentCheck, acts: &SegmentChec
     }
     if stated.network != receipt.network {
         return Err(broken("the network rules differ from what the lines state"));
+    }
+    if stated.secrets != receipt.secrets {
+        return Err(broken("the uses of secrets differ from what the lines state"));
     }
     Ok(())
 }

@@ -3,7 +3,7 @@ use nido_api::state::VmState;
 use nido_api::{
     AllowEntry, AuditFilter, AuditLog, Caller, EgressRule, NetChoice, ReceiptLine, ReceiptVerdict, VmSpec, names_vm,
 };
-use nido_store::{Purpose, VmRow};
+use nido_store::{Purpose, Transition, TransitionOutcome, VmRow};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -25,6 +25,10 @@ impl Place {
     }
 
     fn create(&self, id: &str, name: &str) {
+        self.create_in(id, name, VmState::Stopped);
+    }
+
+    fn create_in(&self, id: &str, name: &str, state: VmState) {
         let hash = |digit: &str| digit.repeat(64);
         let parts = serde_json::from_value(json!({
             "vmlinux": hash("a"), "initramfs": hash("b"), "root": hash("c"), "root_bytes": 1, "packages": hash("d"),
@@ -32,7 +36,7 @@ impl Place {
         }));
         let mut spec = VmSpec::named(name.parse().unwrap());
         (spec.net, spec.allow) = (NetChoice::Restricted, rules(&["example.com"]));
-        let row = VmRow::new(id.into(), spec, Purpose::Use, VmState::Stopped, parts.unwrap(), 1);
+        let row = VmRow::new(id.into(), spec, Purpose::Use, state, parts.unwrap(), 1);
         self.nido.store().insert_vm(&row).unwrap();
     }
 
@@ -218,6 +222,31 @@ fn events_precede_what_was_requested_after_them_and_are_copied_once() {
     assert!(both.iter().all(|line| line.log == AuditLog::Acts), "events are shown where they are asked for");
     let verdict = place.nido.audit_verify(None).unwrap();
     assert_eq!(verdict.events.map(|events| events.lines), Some(4));
+}
+
+#[test]
+fn the_uses_of_secrets_are_lines_and_facts_of_a_receipt() {
+    let place = Place::new();
+    place.create_in("id-1", "web", VmState::Running);
+    for (used, requests) in [("key@example.com", 1), ("key@example.com", 41), ("key@example.com:x-key", 1)] {
+        let used = Transition::SecretUsed(Box::new(used.parse().unwrap()), requests);
+        assert_eq!(place.nido.store().transition("id-1", &used).unwrap(), TransitionOutcome::Yes);
+    }
+    let receipt = place.receipt("web");
+    let used: Vec<_> = receipt.secrets.iter().map(|one| (one.secret.to_string(), one.requests)).collect();
+    assert_eq!(used, [("key@example.com:authorization".to_owned(), 42), ("key@example.com:x-key".to_owned(), 1)]);
+    assert_eq!(verified(&receipt).unwrap().secrets, receipt.secrets);
+    let filter =
+        AuditFilter { log: Some(AuditLog::Events), tool: Some("secret.used".into()), ..AuditFilter::default() };
+    let lines = place.nido.audit_show(&filter).unwrap().records;
+    let told: Vec<_> = lines.iter().map(|line| line.params["details"]["secret_requests"].as_u64()).collect();
+    assert_eq!((told, names_vm(&lines[0].params, "web")), (vec![Some(1), Some(41), Some(1)], true));
+
+    let key = Key::open(&Log::at(Place::new().directory.path().join("key"))).unwrap();
+    let fewer = |receipt: &mut AuditReceipt| receipt.secrets[0].requests = 1;
+    let mut forged = receipt;
+    fewer(&mut forged);
+    assert!(refused(&sign(forged, &key).unwrap()).contains("the uses of secrets"));
 }
 
 #[test]

@@ -81,21 +81,6 @@ fn a_secret_that_cannot_be_read_is_status_502() {
 }
 
 #[test]
-fn a_use_that_cannot_be_reported_is_not_sent() {
-    run(async {
-        let mut world = World::new();
-        world.used.close();
-        let server = world.serve(&world.server_authority, &["http/1.1"], answer).await;
-        let (_, mut guest) = world.open(server, &["http/1.1"]).await;
-        for _ in 0..2 {
-            let response = exchange(&mut guest, &get(&format!("Authorization: {PLACEHOLDER}"))).await;
-            assert!(response.starts_with("HTTP/1.1 502"), "{response}");
-        }
-        assert_eq!(world.seen(), "");
-    });
-}
-
-#[test]
 fn another_host_is_status_421() {
     run(async {
         let mut world = World::new();
@@ -173,6 +158,24 @@ fn nothing_is_sent_to_a_server_whose_certificate_is_not_valid() {
         assert!(response.starts_with("HTTP/1.1 502") && response.contains("certificate"), "{response}");
         assert_eq!((world.seen().as_str(), world.used()), ("", vec![]));
         assert_eq!(world.reasons(), [DenialReason::CertificateInvalid]);
+    });
+}
+
+#[test]
+fn a_secret_whose_use_cannot_be_recorded_does_not_leave() {
+    run(async {
+        let mut world = World::new();
+        world.records.set(false);
+        let server = world.serve(&world.server_authority, &["http/1.1"], answer).await;
+        let (_, mut guest) = world.open(server, &["http/1.1"]).await;
+        let request = get(&format!("Authorization: {PLACEHOLDER}"));
+        let response = exchange(&mut guest, &request).await;
+        assert!(response.starts_with("HTTP/1.1 502") && response.contains("cannot be recorded"), "{response}");
+        assert_eq!((world.seen().as_str(), world.used()), ("", vec![]));
+        assert_eq!(world.reasons(), [DenialReason::SecretUnavailable]);
+        world.records.set(true);
+        assert!(exchange(&mut guest, &request).await.starts_with("HTTP/1.1 200"));
+        assert_eq!(world.used(), ["key@api.example.com:authorization"]);
     });
 }
 
