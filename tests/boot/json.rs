@@ -38,8 +38,17 @@ const VM_FIELDS: [&str; 30] = [
 ];
 
 /// Fields that are there only where they apply.
-const OPTIONAL_FIELDS: [&str; 8] =
-    ["allow", "disk_quota_bytes", "host_limits", "limits_hit", "net_limits", "network", "presets", "secrets"];
+const OPTIONAL_FIELDS: [&str; 9] = [
+    "allow",
+    "disk_quota_bytes",
+    "host_limits",
+    "limits_hit",
+    "net_limits",
+    "network",
+    "presets",
+    "secret_env",
+    "secrets",
+];
 
 #[track_caller]
 fn has(value: &Value, fields: &[&str]) {

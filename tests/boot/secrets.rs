@@ -119,7 +119,16 @@ const OK: &str = "200";
 fn a_program_of_the_guest_uses_a_secret_that_the_guest_does_not_have() {
     let home = TestHome::new();
     let site = Site::new(&home);
-    let flags = ["--allow", "example.com", "--allow", "www.example.com", "--secret", "key@example.com"];
+    let flags = [
+        "--allow",
+        "example.com",
+        "--allow",
+        "www.example.com",
+        "--secret",
+        "key@example.com",
+        "--secret-env",
+        "TOKEN=key",
+    ];
     let spawn = |name: &str| home.nido(["spawn", name, "--net", "restricted"]).args(flags);
     spawn("early").problem(1, "secret_not_found");
     set(&home, VALUE);
@@ -130,6 +139,13 @@ fn a_program_of_the_guest_uses_a_secret_that_the_guest_does_not_have() {
     // Its system trusts the VM's authority; the value is put into the header that was named.
     assert_eq!(get(&web, EXAMPLE), OK);
     assert_eq!(site.seen(), format!("example.com / Bearer {VALUE} nido-secret-key\n"));
+    // Commands have variables for it, unless they are given others.
+    assert_eq!(web.info()["secret_env"], json!(["TOKEN=key"]));
+    assert_eq!(web.sh("echo $TOKEN $SSL_CERT_FILE").text(), "nido-secret-key /etc/ssl/certs/ca-certificates.crt");
+    assert_eq!(
+        home.nido(["exec", "web", "-e", "TOKEN=own", "--", "sh", "-c", "echo $TOKEN"]).ok().text().trim(),
+        "own"
+    );
     // Another host of the same server: not ended here, so its certificate is the server's own, and nothing is put in.
     let other = get(&web, "get('https://www.example.com/')");
     assert!(other.contains("CERTIFICATE_VERIFY_FAILED"), "{other}");
@@ -183,6 +199,7 @@ fn copies_of_a_vm_have_its_secrets_only_if_asked() {
     site.call(home.nido(["fork", "web", "with", "--secrets"])).ok();
     let [without, with] = ["without", "with"].map(|name| Vm { home: &home, name });
     assert_eq!(without.info().get("secrets"), None);
+    assert_eq!(without.sh("echo ${SSL_CERT_FILE-none}").text(), "none");
     let refused = get(&without, EXAMPLE);
     assert!(refused.contains("CERTIFICATE_VERIFY_FAILED"), "{refused}");
     assert_eq!(get(&without, "get('https://example.com/', verify=False)"), OK);

@@ -6,7 +6,7 @@ use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
     AccelChoice, AllowEntry, BakeRequest, ForwardSpec, Limits, MachineChoice, NetChoice, NetLimitKey, NetLimits,
-    PathChoice, SecretUse, StartPath, StartRequest, VmInfo, VmSpec,
+    PathChoice, SecretUse, SecretVariable, StartPath, StartRequest, VmInfo, VmSpec,
 };
 use nido_core::Nido;
 
@@ -41,6 +41,9 @@ pub struct VmArgs {
     /// authorization]
     #[arg(long, value_name = "NAME@HOST[:HEADER]")]
     secret: Vec<SecretUse>,
+    /// Set a variable of commands to the placeholder of a secret; may be repeated
+    #[arg(long, value_name = "VARIABLE=NAME")]
+    secret_env: Vec<SecretVariable>,
     /// Stop the VM this long after its start, for example 10m
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     ttl: Option<u64>,
@@ -156,6 +159,7 @@ impl VmArgs {
             net_limits,
             presets,
             secrets: self.secret,
+            secret_env: self.secret_env,
             machine: machine.machine,
             accel: machine.accel,
             nested: machine.nested,

@@ -104,7 +104,13 @@ impl SecretUse {
     /// What the guest sends in place of the value.
     #[must_use]
     pub fn placeholder(&self) -> String {
-        format!("{PLACEHOLDER_PREFIX}{}", self.name)
+        Self::placeholder_of(&self.name)
+    }
+
+    /// The placeholder of the secret of this name.
+    #[must_use]
+    pub fn placeholder_of(name: &SecretName) -> String {
+        format!("{PLACEHOLDER_PREFIX}{name}")
     }
 
     /// A header's value with the secret in place of each placeholder; `None` if it has no placeholder.

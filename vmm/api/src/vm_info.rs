@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::egress::NetworkInfo;
-use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, NetLimits, PresetRules, SecretUse};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice, NetLimits, PresetRules, SecretUse, SecretVariable};
 use crate::host_limits::HostLimits;
 use crate::limit_hit::LimitHit;
 use crate::name::{TemplateName, VmName};
@@ -71,6 +71,9 @@ pub struct VmInfo {
     /// Secrets that its requests get, and the hosts that get them: `NAME@HOST:HEADER`. Absent: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<SecretUse>,
+    /// Variables of commands that have the placeholder of a secret: `VARIABLE=NAME`. Absent: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secret_env: Vec<SecretVariable>,
     /// The address at which this host reaches the guest: that of its published ports. `null` if it has none.
     pub ip_address: Option<String>,
     /// A command that opens an SSH session through the published port 22; `null` without one.

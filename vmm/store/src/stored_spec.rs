@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
-    AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, NetLimits, PresetRules, SecretUse, VmSpec,
+    AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, NetLimits, PresetRules, SecretUse,
+    SecretVariable, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +42,8 @@ struct StoredSpec {
     presets: Vec<PresetRules>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     secrets: Vec<SecretUse>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    secret_env: Vec<SecretVariable>,
     #[serde(default)]
     machine: MachineChoice,
     #[serde(default)]
@@ -166,6 +169,7 @@ impl From<VmSpec> for StoredSpec {
             net_limits,
             presets,
             secrets,
+            secret_env,
             machine,
             accel,
             require_isolation,
@@ -192,6 +196,7 @@ impl From<VmSpec> for StoredSpec {
             net_limits: net_limits.into(),
             presets,
             secrets,
+            secret_env,
             machine,
             accel,
             require_isolation,
@@ -222,6 +227,7 @@ impl From<StoredSpec> for VmSpec {
             net_limits: stored.net_limits.into(),
             presets: stored.presets,
             secrets: stored.secrets,
+            secret_env: stored.secret_env,
             machine: stored.machine,
             accel: stored.accel,
             require_isolation: stored.require_isolation,
@@ -256,6 +262,8 @@ mod tests {
             ttl_ms: Some(7),
             nested: true,
             restart: RestartPolicy::Always,
+            secrets: vec!["key@example.com:x-key".parse().unwrap()],
+            secret_env: vec!["KEY=key".parse().unwrap()],
             disk_bytes: Some(1 << 30),
             disk_quota_bytes: Some(2 << 30),
             net_limits: NetLimits { udp: Some(7), sent_bytes: Some(1 << 40), ..NetLimits::default() },

@@ -25,8 +25,10 @@ ln -sf "$own" /etc/ssl/certs/ffc87da0.0
 for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
     [ -e "$bundle" ] || [ "$bundle" = /etc/ssl/certs/ca-certificates.crt ] || continue
     bundle=$(readlink -f "$bundle")
+    base=$bundle
+    [ -e "$base" ] || base=/etc/pki/tls/certs/ca-bundle.crt
     {
-        if [ -e "$bundle" ]; then sed '/^# nido begin$/,/^# nido end$/d' "$bundle"; fi
+        if [ -e "$base" ]; then sed '/^# nido begin$/,/^# nido end$/d' "$base"; fi
         printf '# nido begin\n%s\n# nido end\n' "$1"
     } > "$bundle.nido"
     mv -f "$bundle.nido" "$bundle"

@@ -7,7 +7,7 @@ use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 use nido_api::state::{Admission, Request as StateRequest, VmState, admit};
-use nido_api::{ExecEvent, ExecExit, ExecRequest, VmRef};
+use nido_api::{ExecEvent, ExecExit, ExecRequest, VmRef, secret_environment};
 use nido_engine::guest::{AgentAddress, Control, Event, Events, Guest};
 use nido_guest_agent::wire::{Exec, WindowSize};
 use nido_supervisor::control::Request;
@@ -25,6 +25,8 @@ pub(super) struct ReachableAgent {
     pub guest: Guest,
     /// With virtio-serial the supervisor detects the use itself; with vsock this connection reports it.
     pub lease: Option<UnixStream>,
+    /// What its commands find in their environment, for the VM's secrets.
+    pub environment: Vec<String>,
 }
 
 impl Nido {
@@ -39,7 +41,7 @@ impl Nido {
         let reached = self.reach(which).await?;
         let running = reached
             .guest
-            .exec(wire_exec(request), Instant::now() + AGENT_REPLY_TIMEOUT)
+            .exec(wire_exec(request, reached.environment), Instant::now() + AGENT_REPLY_TIMEOUT)
             .await
             .map_err(|e| guest_error(name, e))?;
         let name = name.clone();
@@ -70,7 +72,7 @@ impl Nido {
                 None
             }
         };
-        Ok(ReachableAgent { guest, lease })
+        Ok(ReachableAgent { guest, lease, environment: secret_environment(&row.spec) })
     }
 
     /// What has become of a VM since then, if it is no longer the running VM that it was.
@@ -110,12 +112,13 @@ pub(super) fn guest_error(name: &VmName, error: nido_engine::guest::GuestError) 
     nido_engine::error_sources::guest_error(name.as_str(), error)
 }
 
-fn wire_exec(request: ExecRequest) -> Exec {
+/// A request in the words of the agent. Of variables that are given twice the last one counts, so the command's own win.
+fn wire_exec(request: ExecRequest, environment: Vec<String>) -> Exec {
     let size = |(rows, columns)| WindowSize { rows, columns };
     Exec {
         login_shell: request.argv.is_empty(),
         argv: request.argv.into_iter().map(Into::into).collect(),
-        env: request.env.into_iter().map(Into::into).collect(),
+        env: environment.into_iter().map(String::into_bytes).chain(request.env).map(Into::into).collect(),
         directory: request.directory.map(Into::into),
         user: request.user,
         stdin: request.stdin,

@@ -91,7 +91,10 @@ impl Nido {
         progress(vm, StartStage::Preparing);
         let mut source = row;
         match secrets {
-            ForkSecrets::None => source.spec.secrets.clear(),
+            ForkSecrets::None => {
+                source.spec.secrets.clear();
+                source.spec.secret_env.clear();
+            }
             ForkSecrets::Same => check_secrets(&source.spec, grant)?,
         }
         let forked = self.fork_row(&source, copies, grant, progress).await;

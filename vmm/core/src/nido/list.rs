@@ -211,6 +211,7 @@ impl Nido {
             net_limits: row.spec.net_limits,
             presets: row.spec.presets.clone(),
             secrets: row.spec.secrets.clone(),
+            secret_env: row.spec.secret_env.clone(),
             ip_address: reachable_address(row),
             ssh_command: ssh_command(row),
             forwards: row.forwards.clone(),

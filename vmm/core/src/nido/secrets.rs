@@ -59,6 +59,7 @@ impl Nido {
 /// What of it needs no look at the home.
 pub(super) fn check_secrets(spec: &VmSpec, grant: &Grant) -> Result<()> {
     let invalid = |words: String| Error::new(Code::SpecInvalid, words);
+    check_variables(spec)?;
     if spec.secrets.is_empty() {
         return Ok(());
     }
@@ -82,6 +83,24 @@ pub(super) fn check_secrets(spec: &VmSpec, grant: &Grant) -> Result<()> {
         }
         if spec.secrets[..at].contains(used) {
             return Err(invalid(format!("secrets[{at}]: '{used}' is named twice")));
+        }
+    }
+    Ok(())
+}
+
+/// Whether each variable has a placeholder of the VM's own secrets.
+fn check_variables(spec: &VmSpec) -> Result<()> {
+    let invalid = |words: String| Error::new(Code::SpecInvalid, words);
+    if spec.secret_env.len() > SECRETS_MAX {
+        return Err(invalid(format!("secret_env: a VM has at most {SECRETS_MAX} variables for secrets")));
+    }
+    for (at, one) in spec.secret_env.iter().enumerate() {
+        if !spec.secrets.iter().any(|used| used.name == one.name) {
+            let words = format!("secret_env[{at}]: the VM does not use the secret '{}'", one.name);
+            return Err(invalid(words).hint("give the VM the secret, too: NAME@HOST[:HEADER]"));
+        }
+        if spec.secret_env[..at].iter().any(|other| other.variable == one.variable) {
+            return Err(invalid(format!("secret_env[{at}]: {} is named twice", one.variable)));
         }
     }
     Ok(())
@@ -115,5 +134,18 @@ mod tests {
         }
         let other = Grant { owner: Some("token:ci".into()), ..user };
         assert_eq!(check(NetChoice::Nat, &[], &other), Err(Code::Denied));
+    }
+
+    #[test]
+    fn a_variable_needs_a_secret_of_the_vm_and_a_name_of_its_own() {
+        let user = Grant::unlimited(&Caller::command_line());
+        let check = |secrets: &[&str], variables: &[&str]| {
+            let secret_env = variables.iter().map(|one| one.parse().unwrap()).collect();
+            check_secrets(&VmSpec { secret_env, ..spec(NetChoice::Nat, &[], secrets) }, &user).map_err(|e| e.code())
+        };
+        assert_eq!(check(&["key@api.example.com"], &["A=key", "B=key"]), Ok(()));
+        assert_eq!(check(&[], &["A=key"]), Err(Code::SpecInvalid));
+        assert_eq!(check(&["key@api.example.com"], &["A=other"]), Err(Code::SpecInvalid));
+        assert_eq!(check(&["key@api.example.com"], &["A=key", "A=key"]), Err(Code::SpecInvalid));
     }
 }

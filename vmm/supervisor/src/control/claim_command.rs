@@ -133,6 +133,7 @@ impl From<VmOrder> for VmSpec {
             // No clone is claimed for a VM with secrets, or with limits of its network.
             secrets: Vec::new(),
             net_limits: NetLimits::default(),
+            secret_env: Vec::new(),
             machine: order.machine,
             accel: order.accel,
             require_isolation: order.require_isolation,
