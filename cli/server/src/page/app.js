@@ -1,4 +1,4 @@
-// The page for people: VMs, live events, logs, a terminal. Everything it shows comes from the API it is served by; text of
+// The page for people: VMs, live events, logs, a terminal, networks (network.js). Everything it shows comes from the API it is served by; text of
 // guests only ever becomes text nodes, or goes to the terminal that is made for it.
 "use strict";
 
@@ -64,6 +64,8 @@ function row(vm) {
   const end = [vm.expires_at, vm.idle_at].filter(Boolean).sort()[0];
   const status = element("td", vm.status, { class: vm.status });
   if (vm.failure) status.title = vm.failure.message;
+  const network = element("td");
+  network.append(...badges(vm));
   const actions = element("td");
   const path = `v1/vms/${vm.name}`;
   if (vm.status === "running") {
@@ -75,9 +77,10 @@ function row(vm) {
     actions.append(button("Start", vm, () => attempt(`starting ${vm.name}`, () => ask("POST", `${path}/start`, {}))));
   }
   actions.append(button("Log", vm, () => openLog(vm.name)));
+  actions.append(button("Network", vm, () => openNetwork(vm.name)));
   actions.append(button("Delete", vm, () => remove(vm), true));
   line.append(
-    element("td", vm.name), status, element("td", vm.template), element("td", span(now - Date.parse(vm.created_at))),
+    element("td", vm.name), status, network, element("td", vm.template), element("td", span(now - Date.parse(vm.created_at))),
     element("td", end ? `in ${span(Date.parse(end) - now)}` : "–"), actions,
   );
   return line;
@@ -125,7 +128,7 @@ function closePanel() {
   state.panel?.end();
   state.panel = null;
   $("panel").hidden = true;
-  $("log").hidden = $("terminal").hidden = true;
+  $("log").hidden = $("terminal").hidden = $("network").hidden = true;
   $("terminal").replaceChildren();
 }
 
@@ -243,6 +246,7 @@ function happened(event) {
   $("events").prepend(line);
   while ($("events").children.length > 200) $("events").lastChild.remove();
   list();
+  if (state.panel?.vm === event.vm_name) state.panel?.refresh?.();
 }
 
 function forget(why) {
@@ -282,6 +286,9 @@ $("spawn").addEventListener("submit", (event) => {
   event.preventDefault();
   const form = event.target;
   const body = Object.fromEntries(new FormData(form));
+  const allow = body.allow.split(/[\s,]+/).filter(Boolean);
+  if (allow.length > 0) body.allow = allow;
+  else delete body.allow;
   form.elements.name.value = "";
   attempt(`spawning ${body.name}`, () => ask("POST", "v1/vms", body));
 });

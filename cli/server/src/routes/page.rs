@@ -17,10 +17,11 @@ use crate::response::Problem;
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; \
                       img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-const FILES: [(&str, &str, &str); 6] = [
+const FILES: [(&str, &str, &str); 7] = [
     ("", "text/html; charset=utf-8", include_str!("../page/index.html")),
     ("style.css", "text/css; charset=utf-8", include_str!("../page/style.css")),
     ("app.js", "text/javascript; charset=utf-8", include_str!("../page/app.js")),
+    ("network.js", "text/javascript; charset=utf-8", include_str!("../page/network.js")),
     ("xterm.css", "text/css; charset=utf-8", include_str!("../page/vendor/xterm.css")),
     ("xterm.js", "text/javascript; charset=utf-8", include_str!("../page/vendor/xterm.js")),
     ("addon-fit.js", "text/javascript; charset=utf-8", include_str!("../page/vendor/addon-fit.js")),
