@@ -57,6 +57,7 @@ mod rebuild;
 mod reconcile;
 mod restart;
 mod run;
+mod secrets;
 mod startup;
 mod structure;
 mod template_rules;

@@ -203,6 +203,8 @@ pub struct SecretInfo {
     pub name: SecretName,
     /// When its value was stored.
     pub updated_at: Timestamp,
+    /// Whether a command that prints the value is stored with it.
+    pub refreshable: bool,
 }
 
 /// All secrets.

@@ -2,14 +2,15 @@
 //!
 //! ```text
 //!  secrets.key     32 random bytes, made once
-//!  secrets/NAME    format (1 byte), nonce (12), AES-256-GCM of the value, with "secret/NAME" as associated data
+//!  secrets/NAME    format (1 byte), nonce (12), AES-256-GCM of the value, with "secret/NAME" as associated data;
+//!                  format 2: of a command and the value that it printed, with "secret-with-command/NAME"
 //! ```
 //!
 //! Invariants: a file that was changed, or has another secret's name, does not open; a reader sees the value before or after a
 //! change, never a part. Who reads the whole home has the secrets: the key protects copies of single files.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -27,6 +28,13 @@ use crate::home::Home;
 const KEY_LEN: usize = 32;
 /// The format of a sealed file: its first byte.
 const FORMAT: u8 = 1;
+/// The format of a secret with the command that prints its value.
+const FORMAT_WITH_COMMAND: u8 = 2;
+/// How long a command is at most, in bytes.
+const COMMAND_BYTES_MAX: usize = 64 << 10;
+
+/// A program, and its arguments.
+pub type SecretCommand = Vec<Vec<u8>>;
 
 /// The secrets of a home.
 #[derive(Debug, Clone)]
@@ -47,10 +55,30 @@ impl Secrets {
     /// # Errors
     /// Of the file system.
     pub fn set(&self, name: &SecretName, value: &SecretValue) -> Result<SecretInfo> {
+        self.write(name, &self.seal(&about(name), value.expose())?)
+    }
+
+    /// The same, with the command that has printed the value: both in one file, which is replaced as a whole.
+    ///
+    /// # Errors
+    /// `spec_invalid`: the command is too long; of the file system.
+    pub fn set_with_command(
+        &self,
+        name: &SecretName,
+        value: &SecretValue,
+        command: &SecretCommand,
+    ) -> Result<SecretInfo> {
+        if command.iter().map(|word| word.len() + size_of::<u32>()).sum::<usize>() > COMMAND_BYTES_MAX {
+            return Err(Error::new(Code::SpecInvalid, "the command of the secret is longer than 64 KiB"));
+        }
+        let sealed = self.seal_as(FORMAT_WITH_COMMAND, &about_with_command(name), &encode(command, value))?;
+        self.write(name, &sealed)
+    }
+
+    fn write(&self, name: &SecretName, sealed: &[u8]) -> Result<SecretInfo> {
         make_private_dir(&self.dir).map_err(|e| Error::io_at("make", &self.dir, e))?;
         let path = self.path(name);
-        let sealed = self.seal(&about(name), value.expose())?;
-        write_private(&path, &sealed, PowerCut).map_err(|e| Error::io_at("write", &path, e))?;
+        write_private(&path, sealed, PowerCut).map_err(|e| Error::io_at("write", &path, e))?;
         self.info(name)
     }
 
@@ -59,8 +87,22 @@ impl Secrets {
     /// # Errors
     /// `secret_not_found`; `store_damaged` if it cannot be opened.
     pub fn get(&self, name: &SecretName) -> Result<SecretValue> {
+        Ok(self.read(name)?.0)
+    }
+
+    /// The value of a secret, and the command that prints it, if there is one.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn read(&self, name: &SecretName) -> Result<(SecretValue, Option<SecretCommand>)> {
         let sealed = fs::read(self.path(name)).map_err(|e| self.missing(name, e))?;
-        SecretValue::new(self.open(&about(name), &sealed)?)
+        if sealed.first() != Some(&FORMAT_WITH_COMMAND) {
+            return Ok((SecretValue::new(self.open(&about(name), &sealed)?)?, None));
+        }
+        let about = about_with_command(name);
+        let (command, value) =
+            decode(self.open_as(FORMAT_WITH_COMMAND, &about, &sealed)?).ok_or_else(|| damaged(&about))?;
+        Ok((SecretValue::new(value)?, Some(command)))
     }
 
     /// All of them, in order of name.
@@ -86,7 +128,10 @@ impl Secrets {
         let changed = fs::metadata(self.path(name)).and_then(|meta| meta.modified());
         let changed = changed.map_err(|e| self.missing(name, e))?;
         let updated_at = Timestamp::try_from(changed).map_err(|e| Error::internal(e.to_string()))?;
-        Ok(SecretInfo { name: name.clone(), updated_at })
+        let mut format = [0];
+        let read = File::open(self.path(name)).and_then(|mut file| file.read_exact(&mut format));
+        let refreshable = read.is_ok() && format == [FORMAT_WITH_COMMAND];
+        Ok(SecretInfo { name: name.clone(), updated_at, refreshable })
     }
 
     /// Deletes a secret.
@@ -104,12 +149,16 @@ impl Secrets {
     /// # Errors
     /// The key cannot be read, or made.
     pub fn seal(&self, about: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+        self.seal_as(FORMAT, about, bytes)
+    }
+
+    fn seal_as(&self, format: u8, about: &str, bytes: &[u8]) -> Result<Vec<u8>> {
         let key = self.key()?;
         let nonce = random::bytes::<NONCE_LEN>()?;
         let mut sealed = bytes.to_vec();
         key.seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(about), &mut sealed)
             .map_err(|_| Error::internal("a secret cannot be sealed"))?;
-        Ok([&[FORMAT][..], &nonce, &sealed].concat())
+        Ok([&[format][..], &nonce, &sealed].concat())
     }
 
     /// What was sealed.
@@ -117,16 +166,14 @@ impl Secrets {
     /// # Errors
     /// `store_damaged`: it was changed, or is of another key.
     pub fn open(&self, about: &str, sealed: &[u8]) -> Result<Vec<u8>> {
-        let damaged = || {
-            Error::new(
-                Code::StoreDamaged,
-                format!("{about} cannot be opened: it was changed, or sealed by another key"),
-            )
-            .hint("store the secret again")
-        };
+        self.open_as(FORMAT, about, sealed)
+    }
+
+    fn open_as(&self, format: u8, about: &str, sealed: &[u8]) -> Result<Vec<u8>> {
+        let damaged = || damaged(about);
         let (head, sealed) = sealed.split_at_checked(1 + NONCE_LEN).ok_or_else(damaged)?;
         let nonce = <[u8; NONCE_LEN]>::try_from(&head[1..]).map_err(|_| damaged())?;
-        if head[0] != FORMAT {
+        if head[0] != format {
             return Err(damaged());
         }
         let mut bytes = sealed.to_vec();
@@ -177,6 +224,46 @@ fn about(name: &SecretName) -> String {
     format!("secret/{name}")
 }
 
+/// Not the same: the format's byte alone could be changed.
+fn about_with_command(name: &SecretName) -> String {
+    format!("secret-with-command/{name}")
+}
+
+fn damaged(about: &str) -> Error {
+    let words = format!("{about} cannot be opened: it was changed, or sealed by another key");
+    Error::new(Code::StoreDamaged, words).hint("store the secret again")
+}
+
+/// A command and a value: the number of words, each word behind its length, and the value.
+fn encode(command: &SecretCommand, value: &SecretValue) -> Vec<u8> {
+    let length = |count: usize| u32::try_from(count).unwrap_or(u32::MAX).to_le_bytes();
+    let mut bytes = length(command.len()).to_vec();
+    for word in command {
+        bytes.extend(length(word.len()));
+        bytes.extend(word);
+    }
+    bytes.extend(value.expose());
+    bytes
+}
+
+fn decode(bytes: Vec<u8>) -> Option<(SecretCommand, Vec<u8>)> {
+    fn number<'a>(rest: &mut &'a [u8]) -> Option<usize> {
+        let (head, tail): (&'a [u8; 4], _) = rest.split_first_chunk()?;
+        *rest = tail;
+        usize::try_from(u32::from_le_bytes(*head)).ok()
+    }
+    let mut rest = &bytes[..];
+    let count = number(&mut rest)?;
+    let mut command = SecretCommand::new();
+    for _ in 0..count {
+        let length = number(&mut rest)?;
+        let (word, tail) = rest.split_at_checked(length)?;
+        command.push(word.to_vec());
+        rest = tail;
+    }
+    Some((command, rest.to_vec()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,5 +297,46 @@ mod tests {
         assert_eq!(secrets.list().unwrap().len(), 2);
         secrets.delete(&first).unwrap();
         assert_eq!(secrets.delete(&first).unwrap_err().code(), Code::SecretNotFound);
+    }
+
+    #[test]
+    fn a_command_is_sealed_with_the_value_that_it_printed() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::open(&dir.path().join("home")).unwrap();
+        let secrets = Secrets::of(&home);
+        let name: SecretName = "key".parse().unwrap();
+        let command: SecretCommand = vec![b"print-it".to_vec(), b"".to_vec(), b"\xff".to_vec()];
+        let info = secrets.set_with_command(&name, &value("hidden"), &command).unwrap();
+        assert!(info.refreshable && secrets.list().unwrap()[0].refreshable);
+        let (read, stored) = secrets.read(&name).unwrap();
+        assert_eq!((read.expose(), stored), (&b"hidden"[..], Some(command)));
+        assert_eq!(secrets.get(&name).unwrap().expose(), b"hidden");
+        let path = home.secrets().join("key");
+        let sealed = fs::read(&path).unwrap();
+        for hidden in [&b"hidden"[..], b"print-it"] {
+            assert!(!sealed.windows(hidden.len()).any(|bytes| bytes == hidden));
+        }
+        for at in 0..sealed.len() {
+            for bit in [1, 3] {
+                let mut changed = sealed.clone();
+                changed[at] ^= bit;
+                fs::write(&path, changed).unwrap();
+                assert_eq!(secrets.get(&name).unwrap_err().code(), Code::StoreDamaged, "{at}");
+            }
+        }
+        // Stored again without a command.
+        assert!(!secrets.set(&name, &value("newer")).unwrap().refreshable);
+        assert_eq!(secrets.read(&name).unwrap().1, None);
+        let long = vec![vec![b'x'; COMMAND_BYTES_MAX]];
+        assert_eq!(secrets.set_with_command(&name, &value("v"), &long).unwrap_err().code(), Code::SpecInvalid);
+    }
+
+    #[test]
+    fn lengths_that_lie_are_no_command() {
+        assert_eq!(decode(vec![]), None);
+        assert_eq!(decode(vec![1, 0, 0, 0]), None);
+        assert_eq!(decode([&[1, 0, 0, 0], &u32::MAX.to_le_bytes()[..], b"x"].concat()), None);
+        assert_eq!(decode([&u32::MAX.to_le_bytes()[..], b"x"].concat()), None);
+        assert_eq!(decode(vec![0, 0, 0, 0, b'v']), Some((vec![], b"v".to_vec())));
     }
 }

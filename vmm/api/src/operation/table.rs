@@ -184,6 +184,8 @@ operations! {
     APPROVAL_DENY = Op::write("approval_deny", "approval", "deny").admin().command("deny");
     /// Stores a secret, or replaces its value.
     SECRET_SET = Op::write("secret_set", "secret", "set").admin().command("secret set");
+    /// Runs the command of a secret again, and stores what it prints.
+    SECRET_REFRESH = Op::write("secret_refresh", "secret", "refresh").admin().command("secret refresh");
     /// Lists secrets, without their values.
     SECRET_LIST = Op::read("secret_list", "secret", "list").admin().command("secret list");
     /// Deletes secrets.

@@ -7,7 +7,7 @@ use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::SecretName;
 use nido_api::operation as op;
 use nido_api::{Caller, Grant, NetChoice, SECRETS_MAX, SecretInfo, SecretList, SecretValue, VmSpec};
-use nido_engine::secrets::Secrets;
+use nido_engine::secrets::{SecretCommand, Secrets};
 
 use super::Nido;
 
@@ -18,6 +18,50 @@ impl Nido {
     /// Of the file system.
     pub fn secret_set(&self, name: &SecretName, value: &SecretValue) -> Result<SecretInfo> {
         Secrets::of(self.home()).set(name, value)
+    }
+
+    /// Stores a secret, and the command that has printed its value, for [`Self::secret_command`].
+    ///
+    /// # Errors
+    /// `spec_invalid`: the command is too long; of the file system.
+    pub fn secret_set_with_command(
+        &self,
+        name: &SecretName,
+        value: &SecretValue,
+        command: &SecretCommand,
+    ) -> Result<SecretInfo> {
+        Secrets::of(self.home()).set_with_command(name, value, command)
+    }
+
+    /// The command that prints the value of a secret. nido runs it for the user at the command line only.
+    ///
+    /// # Errors
+    /// `secret_not_found`; `spec_invalid` if the secret has no command.
+    pub fn secret_command(&self, name: &SecretName) -> Result<SecretCommand> {
+        let (_, command) = Secrets::of(self.home()).read(name)?;
+        command.ok_or_else(|| {
+            let again = op::SECRET_SET.command.unwrap_or_default();
+            Error::new(Code::SpecInvalid, format!("the secret '{name}' was stored without a command"))
+                .hint(Hint::command_line(format!("store it with nido {again} {name} --command CMD...")))
+        })
+    }
+
+    /// Stores what the command of a secret has printed now. A secret that was deleted or stored again meanwhile stays as it is.
+    ///
+    /// # Errors
+    /// `secret_not_found`, `spec_invalid`; of the file system.
+    pub fn secret_refreshed(
+        &self,
+        name: &SecretName,
+        value: &SecretValue,
+        command: &SecretCommand,
+    ) -> Result<SecretInfo> {
+        let secrets = Secrets::of(self.home());
+        if secrets.read(name)?.1.as_ref() != Some(command) {
+            let words = format!("the secret '{name}' was stored again while its command ran; that value stays");
+            return Err(Error::new(Code::SpecInvalid, words));
+        }
+        secrets.set_with_command(name, value, command)
     }
 
     /// All secrets, without their values, in order of name.
