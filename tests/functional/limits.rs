@@ -90,3 +90,60 @@ fn approved(home: &Home, client: &mut Client) -> Value {
     home.nido(["approve", id, "--yes"]).run().ok();
     id.into()
 }
+
+/// A VM whose requests get this secret; it is not started.
+fn with_secret(name: &str, secret: &str) -> Value {
+    json!({
+        "name": name, "net": "restricted", "allow": ["api.example.com:443", "www.example.com:443"],
+        "secrets": [secret], "secret_env": ["API_KEY=key"]
+    })
+}
+
+#[test]
+fn a_token_gives_exactly_the_secrets_that_it_lists_to_vms_that_request_them() {
+    let home = Home::new();
+    let vm = |name: &str, secret: &str| {
+        let mut vm = with_secret(name, secret);
+        vm["start"] = false.into();
+        vm
+    };
+    let (server, post) = with_token(&home, &["--secret", "key@api.example.com"]);
+    let listed = home.nido(["token", "list", "--json"]).run().ok().json();
+    assert_eq!(listed["tokens"][0]["limits"]["secrets"], json!(["key@api.example.com:authorization"]));
+    // Listed, and not stored yet.
+    post(&server, "/v1/vms", &vm("web", "key@api.example.com")).problem(404, "secret_not_found");
+    for name in ["key", "other"] {
+        home.nido(["secret", "set", name]).input("value-of-a-secret\n").run().ok();
+    }
+    for other in ["key@www.example.com", "key@api.example.com:x-api-key", "other@api.example.com"] {
+        let mut vm = vm("web", other);
+        vm["secret_env"] = json!([]);
+        post(&server, "/v1/vms", &vm).problem(403, "denied");
+    }
+    // The token of the server itself lists none.
+    server.post("/v1/vms", &vm("web", "key@api.example.com")).problem(403, "denied");
+    assert!(home.names().is_empty());
+    let made = post(&server, "/v1/vms", &vm("web", "key@api.example.com")).ok(201);
+    assert_eq!(made["secrets"], json!(["key@api.example.com:authorization"]));
+    assert_eq!(made["secret_env"], json!(["API_KEY=key"]));
+    // A VM that requests none has none.
+    assert_eq!(post(&server, "/v1/vms", &json!({"name": "plain", "start": false})).ok(201).get("secrets"), None);
+}
+
+#[test]
+fn a_policy_gives_exactly_the_secrets_that_it_lists_to_vms_of_agents() {
+    let home = Home::new();
+    home.nido(["secret", "set", "key"]).input("value-of-a-secret\n").run().ok();
+    let policy = home.scratch("policy.toml");
+    std::fs::write(&policy, "[limits]\nsecrets = ['key@api.example.com']\n").unwrap();
+    let mut client = Client::with(&home, Era::Legacy, &["--policy", policy.to_str().unwrap()], json!({}));
+    client.bad("vm_create", with_secret("web", "key@www.example.com"), "denied");
+    client.bad("vm_create", with_secret("web", "key@api.example.com:x-api-key"), "denied");
+    client.good("vm_create", with_secret("web", "key@api.example.com"));
+    let info = home.nido(["info", "web", "--json"]).run().ok().json();
+    assert_eq!(info["secrets"], json!(["key@api.example.com:authorization"]));
+    client.ended();
+    // Without a policy an agent gets none.
+    let mut client = Client::start(&home, Era::Legacy);
+    client.bad("vm_create", with_secret("other", "key@api.example.com"), "denied");
+}

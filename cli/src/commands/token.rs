@@ -6,7 +6,7 @@ use clap::Subcommand;
 use nido_api::error::{Code, Error};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
-use nido_api::{AllowEntry, Limits, NetChoice, Scope, TokenAudience, TokenInfo, TokenRequest};
+use nido_api::{AllowEntry, Limits, NetChoice, Scope, SecretUse, TokenAudience, TokenInfo, TokenRequest};
 use nido_core::Nido;
 use serde_json::{Value, json};
 
@@ -106,6 +106,9 @@ struct LimitArgs {
     /// Templates that may be used
     #[arg(long, value_name = "TEMPLATE", value_delimiter = ',')]
     templates: Option<Vec<TemplateName>>,
+    /// Secret that a VM may use, with its host and header; may be repeated [default: none]
+    #[arg(long, value_name = "NAME@HOST[:HEADER]")]
+    secret: Option<Vec<SecretUse>>,
 }
 
 impl From<LimitArgs> for Limits {
@@ -121,6 +124,7 @@ impl From<LimitArgs> for Limits {
             allow: args.allow.map(|entries| entries.into_iter().flatten().collect()),
             publish: args.publish.map(|addresses| addresses.into_iter().flatten().collect()),
             templates: args.templates,
+            secrets: args.secret,
         }
     }
 }

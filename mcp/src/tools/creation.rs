@@ -33,8 +33,10 @@ pub const SPAWN: Tool = Tool {
 };
 
 /// Arguments of a new VM that few callers need.
-pub const UNLISTED: [&str; 10] = [
+pub const UNLISTED: [&str; 12] = [
     "disk_bytes",
+    "secrets",
+    "secret_env",
     "disk_quota_bytes",
     "idle_seconds",
     "machine",
@@ -47,7 +49,9 @@ pub const UNLISTED: [&str; 10] = [
 ];
 
 /// The same of a VM that is not started yet: its description refers to vm_spawn for the others.
-const UNLISTED_IN_CREATE: [&str; 15] = [
+const UNLISTED_IN_CREATE: [&str; 17] = [
+    "secrets",
+    "secret_env",
     "disk_quota_bytes",
     "start_timeout_seconds",
     "cpus",

@@ -26,8 +26,10 @@ pub const RUN: Tool = Tool {
 };
 
 /// Arguments of the command that few callers need, and those of the VM.
-const UNLISTED: [&str; 14] = [
+const UNLISTED: [&str; 16] = [
     "memory_mib",
+    "secrets",
+    "secret_env",
     "env",
     "directory",
     "user",
@@ -44,7 +46,9 @@ const UNLISTED: [&str; 14] = [
 ];
 
 /// Arguments of the VM.
-const VM_PARAMETERS: [&str; 12] = [
+const VM_PARAMETERS: [&str; 14] = [
+    "secrets",
+    "secret_env",
     "template",
     "cpus",
     "memory_mib",

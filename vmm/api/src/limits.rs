@@ -1,6 +1,7 @@
 //! What a caller may make, and who owns it then. Pure.
 //!
-//! Invariant: what is absent does not limit; a list that is there allows what is in it and nothing else, also when it is empty. The core
+//! Invariant: what is absent does not limit, except that no secret is allowed then; a list that is there allows what is in it and nothing
+//! else, also when it is empty. The core
 //! asks here before it makes a VM, forks one, publishes a port or adds a rule, so that every front end has the same limits.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use super::egress::{covers, intersection};
-use super::{AllowEntry, Caller, EgressRule, ForwardSpec, NetChoice, VmSpec};
+use super::{AllowEntry, Caller, EgressRule, ForwardSpec, NetChoice, SecretUse, VmSpec};
 use crate::error::{Code, Error, Result};
 use crate::name::TemplateName;
 
@@ -51,6 +52,10 @@ pub struct Limits {
     /// Allowed templates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub templates: Option<Vec<TemplateName>>,
+    /// Secrets that a VM may use, each with its host and header: `NAME@HOST[:HEADER]`. Absent: none, except for the user at the
+    /// command line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<Vec<SecretUse>>,
 }
 
 /// On whose behalf a VM is made, and within which limits.
@@ -108,6 +113,7 @@ impl Limits {
             allow: both_rules(self.allow.as_deref(), other.allow.as_deref()),
             publish: both(self.publish.as_deref(), other.publish.as_deref()),
             templates: both(self.templates.as_deref(), other.templates.as_deref()),
+            secrets: both(self.secrets.as_deref(), other.secrets.as_deref()),
         }
     }
 
@@ -177,6 +183,18 @@ impl Limits {
                 Err(not_among("forwards", &format!("publishing on {}", forward.host), allowed))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Whether a VM of another caller than the user at the command line may use these secrets: exactly those that are listed.
+    ///
+    /// # Errors
+    /// `denied`.
+    pub fn check_secrets(&self, uses: &[SecretUse]) -> Result<()> {
+        let allowed = self.secrets.as_deref().unwrap_or_default();
+        match uses.iter().find(|used| !allowed.contains(used)) {
+            Some(used) => Err(not_among("secrets", &used.to_string(), allowed.iter().map(ToString::to_string))),
+            None => Ok(()),
         }
     }
 
@@ -315,6 +333,25 @@ mod tests {
             let error = limits.check(&wrong, disk).unwrap_err();
             assert!(error.code() == code && error.hint_for(FrontEnd::Cli).is_some(), "{error}");
         }
+    }
+
+    #[test]
+    fn only_secrets_that_are_listed_with_their_host_and_header_are_allowed() {
+        let uses = |text: &str| text.split_whitespace().map(|used| used.parse().unwrap()).collect::<Vec<SecretUse>>();
+        let limits = |text: &str| Limits { secrets: Some(uses(text)), ..Limits::default() };
+        let check = |limits: &Limits, text: &str| limits.check_secrets(&uses(text)).map_err(|error| error.code());
+        assert_eq!(check(&Limits::default(), ""), Ok(()));
+        assert_eq!(check(&Limits::default(), "key@example.com"), Err(Code::Denied));
+        let listed = limits("key@example.com other@example.com:x-key");
+        assert_eq!(check(&listed, "key@example.com:authorization"), Ok(()));
+        for other in ["key@example.org", "key@example.com:x-key", "other@example.com", "key@example.com no@example.com"]
+        {
+            assert_eq!(check(&listed, other), Err(Code::Denied), "{other}");
+        }
+        // Of a policy and a token: what either lists alone, else what both do.
+        assert_eq!(check(&listed.and(&Limits::default()), "key@example.com"), Ok(()));
+        assert_eq!(check(&listed.and(&limits("")), "key@example.com"), Err(Code::Denied));
+        assert_eq!(check(&listed.and(&limits("key@example.com")), "other@example.com:x-key"), Err(Code::Denied));
     }
 
     #[test]

@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use super::egress::{AllowEntry, split_entries};
 use super::vm::{default_cpus, default_memory_mib, default_template};
-use super::{AccelChoice, ForwardSpec, MachineChoice, NetChoice, NetLimits, PathChoice, StartRequest, VmSpec};
+use super::{
+    AccelChoice, ForwardSpec, MachineChoice, NetChoice, NetLimits, PathChoice, SecretUse, SecretVariable, StartRequest,
+    VmSpec,
+};
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
 
@@ -46,6 +49,14 @@ pub struct SpawnRequest {
     /// Limits of the network. Absent: the defaults.
     #[serde(default, skip_serializing_if = "NetLimits::is_empty")]
     pub net_limits: NetLimits,
+    /// Secrets that its requests get, and the hosts that get them: `NAME@HOST[:HEADER]`. The caller's limits have to list them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
+    pub secrets: Vec<SecretUse>,
+    /// Variables of commands that have the placeholder of a secret: `VARIABLE=NAME`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
+    pub secret_env: Vec<SecretVariable>,
     /// Machine type.
     #[serde(default)]
     pub machine: MachineChoice,
@@ -118,8 +129,8 @@ impl SpawnRequest {
             allow,
             net_limits: self.net_limits,
             presets,
-            secrets: Vec::new(),
-            secret_env: Vec::new(),
+            secrets: self.secrets,
+            secret_env: self.secret_env,
             machine: self.machine,
             accel: self.accel,
             require_isolation: self.require_isolation,

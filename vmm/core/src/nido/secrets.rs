@@ -1,6 +1,7 @@
 //! Secrets: stored, listed, deleted, and which VMs may use them.
 //!
-//! Invariant: only the command line gives secrets to VMs: who chooses the host of a secret can have it sent anywhere.
+//! Invariant: the command line, or an administrator in the limits of a policy or token, chooses the hosts of secrets: who chooses the
+//! host of a secret can have it sent anywhere.
 
 use nido_api::egress::Protocol;
 use nido_api::error::{Code, Error, Hint, Result};
@@ -108,7 +109,7 @@ pub(super) fn check_secrets(spec: &VmSpec, grant: &Grant) -> Result<()> {
         return Ok(());
     }
     if grant.owner != Some(Caller::command_line().owner()) {
-        return Err(Error::new(Code::Denied, "secrets: only the command line gives secrets to a VM"));
+        grant.limits.check_secrets(&spec.secrets)?;
     }
     if spec.secrets.len() > SECRETS_MAX {
         return Err(invalid(format!("secrets: a VM uses at most {SECRETS_MAX} secrets")));
