@@ -210,6 +210,11 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub secret_requests: Option<u64>,
+    /// Of a start from saved memory (a warm image, or a VM that was copied): SHA-256 of the memory, the devices' state and the
+    /// disk's layers, in hexadecimal. That of the memory is over its blocks that are not all zero. Absent: the guest booted, or was
+    /// restored.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub image: BTreeMap<String, String>,
     /// Of a creation: what the VM was made from, and its network.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -229,6 +234,9 @@ pub struct VmSource {
     /// Its presets. Absent: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub presets: Vec<PresetRules>,
+    /// Secrets that its requests may get. Absent: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<SecretUse>,
 }
 
 /// A limit on the life of a VM.

@@ -25,8 +25,15 @@ pub struct AuditReceipt {
     pub time: Timestamp,
     /// The VM.
     pub vm: ReceiptVm,
+    /// Its starts from saved memory, the oldest first. Absent: none.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub starts: Vec<ReceiptStart>,
     /// The networks and rules that it had, the oldest first.
     pub network: Vec<ReceiptNetwork>,
+    /// The whole arguments of changes of rules that lines show shortened, as JSON, by the SHA-256 that the line states. Absent:
+    /// none.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub arguments: BTreeMap<String, String>,
     /// The secrets that its requests got. Absent: none, or by an earlier version of nido.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub secrets: Vec<ReceiptSecret>,
@@ -68,6 +75,18 @@ pub struct ReceiptVm {
     pub template: Option<TemplateName>,
     /// SHA-256 of each part of the template, as recorded with the creation; empty if that is not kept.
     pub parts: BTreeMap<String, String>,
+}
+
+/// A start from saved memory: a warm image, or a VM that was copied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiptStart {
+    /// When the guest was ready.
+    pub at: Timestamp,
+    /// The number of the line in the log of events.
+    pub seq: u64,
+    /// SHA-256 of the memory, the devices' state and the disk's layers.
+    pub image: BTreeMap<String, String>,
 }
 
 /// A network and rules, from one moment on.

@@ -36,7 +36,8 @@ pub(super) fn of_vm(row: &VmRow) -> EventDetails {
 /// The details of a VM's creation.
 pub(super) fn of_creation(row: &VmRow) -> EventDetails {
     let (allow, presets) = (row.spec.allow.clone(), row.spec.presets.clone());
-    let source = VmSource { parts: row.named_parts(), net: row.spec.net, allow, presets };
+    let (parts, secrets) = (row.named_parts(), row.spec.secrets.clone());
+    let source = VmSource { parts, net: row.spec.net, allow, presets, secrets };
     EventDetails { source: Some(source), ..of_vm(row) }
 }
 

@@ -44,6 +44,18 @@ impl VmRow {
     }
 }
 
+impl VmRow {
+    /// Of those, what its start has loaded: memory, state of the devices, and layers of the disk. Empty unless it was forked.
+    #[must_use]
+    pub fn named_image(&self) -> BTreeMap<String, String> {
+        if !matches!(self.origin, Origin::Fork(_)) {
+            return BTreeMap::new();
+        }
+        let is_loaded = |name: &str| matches!(name, "memory" | "state") || name.starts_with("disk_");
+        self.named_parts().into_iter().filter(|(name, _)| is_loaded(name)).collect()
+    }
+}
+
 impl Store {
     /// Hashes of all template parts that VMs own. `None` if that is unknown, because a VM's row names none.
     ///

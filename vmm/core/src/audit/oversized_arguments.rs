@@ -8,15 +8,17 @@
 //! next writer removes; all of them together are at most [`ALL_MAX`] bytes, the oldest go first. Their hashes, and both ends of
 //! every argument, stay in the lines.
 
-use std::fs::OpenOptions;
-use std::io::{self, ErrorKind, Write as _};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use nido_api::error::Result;
+use nido_api::hex;
 use nido_files::atomic_file::{self, Durability};
 use nido_files::private_dir::make_private_dir;
+use sha2::{Digest as _, Sha256};
 
 use super::failed;
 use super::log::Log;
@@ -44,6 +46,18 @@ impl Log {
         let directory = self.directory().join(DIRECTORY);
         let kept = self.locked(|| keep(&directory, whole, ALL_MAX));
         kept.map_err(|e| failed(directory.display(), e))
+    }
+
+    /// The arguments of this hash; `None` if they are not kept, or are others. The hash comes from a line, which anyone may have written.
+    pub(crate) fn whole(&self, sha256: &str) -> Option<String> {
+        if sha256.len() != 64 || !sha256.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return None;
+        }
+        let path = self.directory().join(DIRECTORY).join(format!("{sha256}.json"));
+        let mut text = String::new();
+        let most = ARGUMENTS_BYTES_MAX as u64 + 1;
+        File::open(path).ok()?.take(most).read_to_string(&mut text).ok()?;
+        (hex::encode(&Sha256::digest(text.as_bytes())) == sha256).then_some(text)
     }
 }
 

@@ -17,7 +17,9 @@ use crate::audit::checkpoint::Key;
 use crate::audit::line::Line;
 use crate::audit::log::Log;
 use crate::audit::read::unreadable;
-use crate::audit::receipt::{Facts, OwnActs, SegmentBuilder, Subject, Subjects, facts, is_event_of, sign};
+use crate::audit::receipt::{
+    Facts, OwnActs, SegmentBuilder, Subject, Subjects, facts, is_event_of, shortened_arguments, sign,
+};
 
 /// How much of a file is hashed at once.
 const HASH_BUFFER_BYTES: usize = 1 << 20;
@@ -36,7 +38,8 @@ impl Nido {
         let mut events = SegmentBuilder::new(subject.first_event);
         each(&events_log, |text| events.push(text, |line| is_event_of(line, &subject.id)))?;
         let (events, own_events) = events.end();
-        let Facts { vm, network, secrets, .. } = facts(&subject.id, &name, &own_events, &own_acts);
+        let arguments = whole_arguments(&Log::at(self.home().audit()), &own_acts);
+        let Facts { vm, starts, network, secrets, .. } = facts(&subject.id, &name, &own_events, &own_acts, &arguments);
         let snapshots = self.hash_snapshots(&subject.id, &name, &mut note)?;
         let key = Key::open(&self.audit_log()?)?;
         let receipt = AuditReceipt {
@@ -46,7 +49,9 @@ impl Nido {
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             time: moment::now(),
             vm,
+            starts,
             network,
+            arguments,
             secrets,
             snapshots,
             acts,
@@ -121,6 +126,12 @@ fn own_acts(log: &Log, subject: &Subject) -> Result<(ReceiptSegment, Vec<Line>)>
     let mut segment = SegmentBuilder::new(own.start());
     each(log, |text| segment.push(text, |line| own.has(line)))?;
     Ok(segment.end())
+}
+
+/// The whole arguments of changes of rules that are shortened in their lines, as far as they are kept.
+fn whole_arguments(log: &Log, acts: &[Line]) -> BTreeMap<String, String> {
+    let named = acts.iter().filter_map(shortened_arguments);
+    named.filter_map(|sha256| log.whole(&sha256).map(|text| (sha256, text))).collect()
 }
 
 /// Every whole line of a log.

@@ -74,7 +74,8 @@ fn first_reply(before: &VmRow, ready: &AgentReady, about: &EventDetails) -> Vec<
         Origin::Restore { snapshot, .. } => Some(restored(snapshot, about.clone())),
         Origin::Boot | Origin::Fork(_) => None,
     };
-    let started = (EventKind::VmStarted, EventDetails { timings: ready.timings, ..about.clone() });
+    let started =
+        (EventKind::VmStarted, EventDetails { timings: ready.timings, image: before.named_image(), ..about.clone() });
     restored.into_iter().chain([started]).collect()
 }
 

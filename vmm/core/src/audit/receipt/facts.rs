@@ -1,8 +1,12 @@
 //! What the lines about a VM state about it. Pure.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use nido_api::name::VmName;
-use nido_api::{AllowEntry, AuditLog, EventKind, ReceiptNetwork, ReceiptSecret, ReceiptVm, SecretUse, VmSource};
+use nido_api::{
+    AllowEntry, AuditLog, EventKind, ReceiptNetwork, ReceiptSecret, ReceiptStart, ReceiptVm, SecretUse, VmSource,
+};
 use serde_json::Value;
 
 use super::super::event_record::EventParams;
@@ -13,6 +17,10 @@ use super::super::line::Line;
 pub struct Facts {
     /// The VM.
     pub vm: ReceiptVm,
+    /// Its starts from saved memory, the oldest first.
+    pub starts: Vec<ReceiptStart>,
+    /// The first change of rules whose whole arguments are not there: the rules are not known from it on.
+    pub unknown_rules: Option<u64>,
     /// Its networks and rules, the oldest first.
     pub network: Vec<ReceiptNetwork>,
     /// The secrets that its requests got, in the order of their first use.
@@ -21,8 +29,8 @@ pub struct Facts {
     last_event: Option<u64>,
 }
 
-/// Derives the facts about the VM of this id from its lines of both logs.
-pub fn facts(id: &str, name: &VmName, events: &[Line], acts: &[Line]) -> Facts {
+/// Derives the facts about the VM of this id from its lines of both logs, and the whole arguments that its lines shorten.
+pub fn facts(id: &str, name: &VmName, events: &[Line], acts: &[Line], arguments: &BTreeMap<String, String>) -> Facts {
     let vm = ReceiptVm {
         id: id.to_owned(),
         name: name.clone(),
@@ -31,9 +39,16 @@ pub fn facts(id: &str, name: &VmName, events: &[Line], acts: &[Line]) -> Facts {
         template: None,
         parts: Default::default(),
     };
-    let mut facts = Facts { vm, network: Vec::new(), secrets: Vec::new(), last_event: None };
+    let mut facts = Facts {
+        vm,
+        starts: Vec::new(),
+        unknown_rules: None,
+        network: Vec::new(),
+        secrets: Vec::new(),
+        last_event: None,
+    };
     events.iter().for_each(|line| facts.take_event(line));
-    acts.iter().for_each(|line| facts.take_act(line));
+    acts.iter().for_each(|line| facts.take_act(line, arguments));
     facts
 }
 
@@ -47,10 +62,14 @@ impl Facts {
         {
             self.take_use(secret, requests, params.at);
         }
+        if !params.details.image.is_empty() && !is_again {
+            let (at, seq, image) = (params.at, line.record.seq, params.details.image);
+            self.starts.push(ReceiptStart { at, seq, image });
+        }
         let tool = &line.record.tool;
         if *tool == EventKind::VmCreated.word().as_bytes() && self.vm.created_at.is_none() {
             self.vm.created_at = Some(params.at);
-            let Some(VmSource { parts, net, allow, presets }) = params.details.source else { return };
+            let Some(VmSource { parts, net, allow, presets, .. }) = params.details.source else { return };
             let presets = presets.into_iter().map(|preset| AllowEntry::Preset(preset.preset));
             let allow = allow.into_iter().map(AllowEntry::Rule).chain(presets).collect();
             self.vm.parts = parts;
@@ -72,13 +91,23 @@ impl Facts {
     }
 
     /// A change of the rules that succeeded continues the list. Without the rules of the creation the list stays empty.
-    fn take_act(&mut self, line: &Line) {
+    fn take_act(&mut self, line: &Line, arguments: &BTreeMap<String, String>) {
         let record = &line.record;
-        if record.stage != b"outcome" || record.result != b"success" {
+        if record.stage != b"outcome" || record.result != b"success" || self.unknown_rules.is_some() {
             return;
         }
         let Some(before) = self.network.last() else { return };
-        let Some(change) = change_of(&record.tool, &record.params) else { return };
+        let params = match shortened_arguments(line) {
+            None => &record.params[..],
+            Some(sha256) => match arguments.get(&sha256) {
+                Some(whole) => whole.as_bytes(),
+                None => {
+                    self.unknown_rules = Some(record.seq);
+                    return;
+                }
+            },
+        };
+        let Some(change) = change_of(&record.tool, params) else { return };
         let mut allow = before.allow.clone();
         match change {
             Change::Allow(added) => allow.extend(added.into_iter().filter(|entry| !before.allow.contains(entry))),
@@ -87,6 +116,15 @@ impl Facts {
         let net = before.net;
         self.network.push(ReceiptNetwork { since: record.time, log: AuditLog::Acts, seq: record.seq, net, allow });
     }
+}
+
+/// The SHA-256 of the whole arguments of a change of rules that its line shortens.
+pub fn shortened_arguments(line: &Line) -> Option<String> {
+    if !matches!(&*line.record.tool, b"net_allow" | b"net_deny") {
+        return None;
+    }
+    let params: Value = serde_json::from_slice(&line.record.params).ok()?;
+    Some(params.get("cut")?.get("sha256")?.as_str()?.to_owned())
 }
 
 /// A change of rules, as a line states it.

@@ -18,7 +18,7 @@ pub mod verify;
 use nido_api::AuditReceipt;
 use nido_api::error::{Error, Result};
 
-pub(crate) use self::facts::{Facts, facts};
+pub(crate) use self::facts::{Facts, facts, shortened_arguments};
 pub(crate) use self::segment::SegmentBuilder;
 pub(crate) use self::subject::{OwnActs, Subject, Subjects, is_event_of};
 use super::checkpoint::Key;

@@ -6,10 +6,11 @@ use std::path::Path;
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::{AuditCheckpoint, AuditReceipt, ReceiptVerdict, hex};
 use ring::signature::{ED25519, UnparsedPublicKey};
+use sha2::{Digest as _, Sha256};
 
 use super::super::checkpoint::check_signature;
 use super::segment::{SegmentCheck, broken, check};
-use super::{facts, is_event_of, render, statement};
+use super::{facts, is_event_of, render, shortened_arguments, statement};
 
 /// The longest receipt that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 30;
@@ -43,13 +44,13 @@ pub fn verify(text: &[u8], key: Option<&str>, against: Option<&AuditCheckpoint>)
     check_key(&receipt, key)?;
     let acts = check("acts", &receipt.acts, against.map(|checkpoint| checkpoint.seq))?;
     let events = check("events", &receipt.events, None)?;
-    check_facts(&receipt, &events, &acts)?;
+    let unknown_rules = check_facts(&receipt, &events, &acts)?;
     if let Some(checkpoint) = against {
         check_checkpoint(&receipt, &acts, checkpoint)?;
     }
     let unlinked = acts.unlinked + events.unlinked;
     Ok(ReceiptVerdict {
-        not_proven: not_proven(&receipt, key.is_some(), against.is_some(), unlinked),
+        not_proven: not_proven(&receipt, key.is_some(), against.is_some(), unlinked, unknown_rules),
         time: receipt.time,
         public_key: receipt.public_key,
         trusted_key: key.is_some(),
@@ -87,11 +88,21 @@ fn check_key(receipt: &AuditReceipt, key: Option<&str>) -> Result<()> {
     verified.map_err(|_| broken("the receipt's signature is wrong: it was altered"))
 }
 
-fn check_facts(receipt: &AuditReceipt, events: &SegmentCheck, acts: &SegmentCheck) -> Result<()> {
+/// Compares the facts with the lines. Returns the line from which on the rules are not known.
+fn check_facts(receipt: &AuditReceipt, events: &SegmentCheck, acts: &SegmentCheck) -> Result<Option<u64>> {
     if let Some(line) = events.own.iter().find(|line| !is_event_of(line, &receipt.vm.id)) {
         return Err(broken(format!("line {} of events is about another VM", line.record.seq)));
     }
-    let stated = facts(&receipt.vm.id, &receipt.vm.name, &events.own, &acts.own);
+    for (sha256, whole) in &receipt.arguments {
+        let is_named = acts.own.iter().any(|line| shortened_arguments(line).as_ref() == Some(sha256));
+        if !is_named || hex::encode(&Sha256::digest(whole.as_bytes())) != *sha256 {
+            return Err(broken("arguments of a change of rules are not those whose hash a line states"));
+        }
+    }
+    let stated = facts(&receipt.vm.id, &receipt.vm.name, &events.own, &acts.own, &receipt.arguments);
+    if stated.starts != receipt.starts {
+        return Err(broken("the starts, or digests of their images, differ from what the lines state"));
+    }
     if stated.vm != receipt.vm {
         return Err(broken("the VM, its template or a digest differs from what the lines state"));
     }
@@ -101,7 +112,7 @@ fn check_facts(receipt: &AuditReceipt, events: &SegmentCheck, acts: &SegmentChec
     if stated.secrets != receipt.secrets {
         return Err(broken("the uses of secrets differ from what the lines state"));
     }
-    Ok(())
+    Ok(stated.unknown_rules)
 }
 
 fn check_checkpoint(receipt: &AuditReceipt, acts: &SegmentCheck, checkpoint: &AuditCheckpoint) -> Result<()> {
@@ -118,7 +129,13 @@ fn check_checkpoint(receipt: &AuditReceipt, acts: &SegmentCheck, checkpoint: &Au
 }
 
 /// What nobody can tell from the receipt.
-fn not_proven(receipt: &AuditReceipt, trusted: bool, against: bool, unlinked: u64) -> Vec<String> {
+fn not_proven(
+    receipt: &AuditReceipt,
+    trusted: bool,
+    against: bool,
+    unlinked: u64,
+    unknown_rules: Option<u64>,
+) -> Vec<String> {
     let mut sentences = Vec::new();
     if !trusted {
         sentences.push("who signed it: pass the key that you wrote down with --key".to_owned());
@@ -128,6 +145,9 @@ fn not_proven(receipt: &AuditReceipt, trusted: bool, against: bool, unlinked: u6
     }
     if unlinked > 0 {
         sentences.push(format!("the chain across {unlinked} lines that an earlier version of nido wrote"));
+    }
+    if let Some(seq) = unknown_rules {
+        sentences.push(format!("the network rules from line {seq} on: what it changed was not kept"));
     }
     if receipt.vm.created_at.is_none() {
         sentences.push("what happened before the first line: the VM's creation is not kept".to_owned());

@@ -1,9 +1,10 @@
 use nido_api::error::Code;
 use nido_api::state::VmState;
 use nido_api::{
-    AllowEntry, AuditFilter, AuditLog, Caller, EgressRule, NetChoice, ReceiptLine, ReceiptVerdict, VmSpec, names_vm,
+    AgentInfo, AllowEntry, AuditFilter, AuditLog, Caller, EgressRule, NetChoice, ReceiptLine, ReceiptVerdict, VmSpec,
+    names_vm,
 };
-use nido_store::{Purpose, Transition, TransitionOutcome, VmRow};
+use nido_store::{AdoptedStart, AgentReady, Origin, Purpose, StoredBake, Transition, TransitionOutcome, VmRow};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -247,6 +248,73 @@ fn the_uses_of_secrets_are_lines_and_facts_of_a_receipt() {
     let mut forged = receipt;
     fewer(&mut forged);
     assert!(refused(&sign(forged, &key).unwrap()).contains("the uses of secrets"));
+}
+
+#[test]
+fn a_change_of_many_rules_is_whole_in_a_receipt() {
+    let place = Place::new();
+    place.create("id-1", "web");
+    let many: Vec<_> = (0..200).map(|n| format!("service-{n}.example.org:443")).collect();
+    place.request("net_allow", &json!({ "name": "web", "allow": many }));
+    let receipt = place.receipt("web");
+    assert_eq!(receipt.network.last().unwrap().allow.len(), 201);
+    assert_eq!(receipt.arguments.len(), 1);
+    verified(&receipt).unwrap();
+
+    let key = Key::open(&Log::at(Place::new().directory.path().join("key"))).unwrap();
+    let forged = |change: &dyn Fn(&mut AuditReceipt)| {
+        let mut receipt = receipt.clone();
+        change(&mut receipt);
+        refused(&sign(receipt, &key).unwrap())
+    };
+    let fewer = forged(&|receipt| {
+        receipt.arguments.values_mut().for_each(|whole| *whole = whole.replace("service-7.", "service-8."));
+    });
+    assert!(fewer.contains("arguments of a change"), "{fewer}");
+    assert!(forged(&|receipt| drop(receipt.arguments.insert("0".repeat(64), "{}".into()))).contains("arguments"));
+    assert!(forged(&|receipt| receipt.arguments.clear()).contains("network rules"));
+
+    // They are not kept: the receipt does not state rules that it does not know.
+    std::fs::remove_dir_all(place.nido.audit_log().unwrap().directory().join("params")).unwrap();
+    let receipt = place.receipt("web");
+    assert_eq!((receipt.network.len(), receipt.arguments.len()), (1, 0));
+    let verdict = verified(&receipt).unwrap();
+    assert!(verdict.not_proven.iter().any(|sentence| sentence.contains("the network rules from line")), "{verdict:?}");
+}
+
+#[test]
+fn starts_from_saved_memory_are_facts_of_a_receipt() {
+    let place = Place::new();
+    place.create_in("id-2", "booted", VmState::Running);
+    place.create_in("id-3", "copy", VmState::Running);
+    let saved = StoredBake { memory: "e".repeat(64), state: "f".repeat(64), token: "secret-token".into(), live: false };
+    let (origin, machine) = (Origin::Fork(saved), None);
+    let launched = AdoptedStart { machine, origin, cid: None, started_at: None, expires_at: None };
+    let launched = place.nido.store().transition("id-3", &Transition::Adopted(Box::new(launched))).unwrap();
+    assert_eq!(launched, TransitionOutcome::Yes);
+    for id in ["id-2", "id-3"] {
+        let ready = AgentReady {
+            agent: AgentInfo { ready: true, ..AgentInfo::default() },
+            state: VmState::Running,
+            cause: None,
+            ip_address: None,
+            timings: None,
+            machine: None,
+        };
+        let ready = place.nido.store().transition(id, &Transition::Ready(Box::new(ready))).unwrap();
+        assert_eq!(ready, TransitionOutcome::Yes);
+    }
+    assert_eq!(place.receipt("booted").starts, []);
+    let receipt = place.receipt("copy");
+    assert_eq!(receipt.starts.len(), 1);
+    assert_eq!(receipt.starts[0].image["memory"], "e".repeat(64));
+    assert_eq!(receipt.starts[0].image["state"], "f".repeat(64));
+    verified(&receipt).unwrap();
+    assert!(!render(&receipt).unwrap().contains("secret-token"));
+    let key = Key::open(&Log::at(Place::new().directory.path().join("key"))).unwrap();
+    let mut forged = receipt;
+    forged.starts[0].image.insert("memory".into(), "d".repeat(64));
+    assert!(refused(&sign(forged, &key).unwrap()).contains("digests of their images"));
 }
 
 #[test]
