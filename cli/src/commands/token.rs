@@ -54,7 +54,7 @@ enum Verb {
         #[arg(long, value_name = "DURATION", value_parser = parse::duration_ms)]
         expires: Option<u64>,
         #[command(flatten)]
-        limits: LimitArgs,
+        limits: Box<LimitArgs>,
     },
     /// List tokens, without their secrets
     #[command(visible_alias = "ls")]
@@ -148,7 +148,7 @@ impl Args {
         let nido = cx.nido().await?;
         match self.verb {
             Verb::Create { name, scope, only, expires: expires_in_ms, limits } => {
-                let request = TokenRequest { name, scope, only, expires_in_ms, limits: limits.into() };
+                let request = TokenRequest { name, scope, only, expires_in_ms, limits: (*limits).into() };
                 let arguments = json!(request);
                 let made = async {
                     let limits = nido.with_plain_rules(request.limits).await?;

@@ -71,8 +71,10 @@ impl Secrets {
         if command.iter().map(|word| word.len() + size_of::<u32>()).sum::<usize>() > COMMAND_BYTES_MAX {
             return Err(Error::new(Code::SpecInvalid, "the command of the secret is longer than 64 KiB"));
         }
-        let sealed = self.seal_as(FORMAT_WITH_COMMAND, &about_with_command(name), &encode(command, value))?;
-        self.write(name, &sealed)
+        let mut bytes = encode(command, value);
+        let sealed = self.seal_as(FORMAT_WITH_COMMAND, &about_with_command(name), &bytes);
+        overwrite(&mut bytes);
+        self.write(name, &sealed?)
     }
 
     fn write(&self, name: &SecretName, sealed: &[u8]) -> Result<SecretInfo> {
@@ -100,8 +102,10 @@ impl Secrets {
             return Ok((SecretValue::new(self.open(&about(name), &sealed)?)?, None));
         }
         let about = about_with_command(name);
-        let (command, value) =
-            decode(self.open_as(FORMAT_WITH_COMMAND, &about, &sealed)?).ok_or_else(|| damaged(&about))?;
+        let mut bytes = self.open_as(FORMAT_WITH_COMMAND, &about, &sealed)?;
+        let decoded = decode(&bytes);
+        overwrite(&mut bytes);
+        let (command, value) = decoded.ok_or_else(|| damaged(&about))?;
         Ok((SecretValue::new(value)?, Some(command)))
     }
 
@@ -234,6 +238,12 @@ fn damaged(about: &str) -> Error {
     Error::new(Code::StoreDamaged, words).hint("store the secret again")
 }
 
+/// Bytes that have a value, when they are not needed any more.
+fn overwrite(bytes: &mut [u8]) {
+    bytes.fill(0);
+    std::hint::black_box(bytes);
+}
+
 /// A command and a value: the number of words, each word behind its length, and the value.
 fn encode(command: &SecretCommand, value: &SecretValue) -> Vec<u8> {
     let length = |count: usize| u32::try_from(count).unwrap_or(u32::MAX).to_le_bytes();
@@ -246,13 +256,13 @@ fn encode(command: &SecretCommand, value: &SecretValue) -> Vec<u8> {
     bytes
 }
 
-fn decode(bytes: Vec<u8>) -> Option<(SecretCommand, Vec<u8>)> {
+fn decode(bytes: &[u8]) -> Option<(SecretCommand, Vec<u8>)> {
     fn number<'a>(rest: &mut &'a [u8]) -> Option<usize> {
         let (head, tail): (&'a [u8; 4], _) = rest.split_first_chunk()?;
         *rest = tail;
         usize::try_from(u32::from_le_bytes(*head)).ok()
     }
-    let mut rest = &bytes[..];
+    let mut rest = bytes;
     let count = number(&mut rest)?;
     let mut command = SecretCommand::new();
     for _ in 0..count {
@@ -333,10 +343,10 @@ mod tests {
 
     #[test]
     fn lengths_that_lie_are_no_command() {
-        assert_eq!(decode(vec![]), None);
-        assert_eq!(decode(vec![1, 0, 0, 0]), None);
-        assert_eq!(decode([&[1, 0, 0, 0], &u32::MAX.to_le_bytes()[..], b"x"].concat()), None);
-        assert_eq!(decode([&u32::MAX.to_le_bytes()[..], b"x"].concat()), None);
-        assert_eq!(decode(vec![0, 0, 0, 0, b'v']), Some((vec![], b"v".to_vec())));
+        assert_eq!(decode(&[]), None);
+        assert_eq!(decode(&[1, 0, 0, 0]), None);
+        assert_eq!(decode(&[&[1, 0, 0, 0], &u32::MAX.to_le_bytes()[..], b"x"].concat()), None);
+        assert_eq!(decode(&[&u32::MAX.to_le_bytes()[..], b"x"].concat()), None);
+        assert_eq!(decode(&[0, 0, 0, 0, b'v']), Some((vec![], b"v".to_vec())));
     }
 }
