@@ -58,6 +58,7 @@ const VM_FILES: [&str; 19] = [
     "names.json",
     "traffic",
     "authority.sealed",
+    "cgroup",
 ];
 
 fn rows(rig: &Rig) -> Vec<VmRow> {

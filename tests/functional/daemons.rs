@@ -130,6 +130,27 @@ fn with_systemd_a_vm_gets_its_own_scope() {
     }
 }
 
+/// With a group that was named and cannot be used, VMs would not have the limits that the user expects.
+#[test]
+fn a_named_control_group_that_cannot_be_used_is_an_error() {
+    let home = Home::new();
+    let directory = home.scratch("group");
+    fs::create_dir(&directory).unwrap();
+    for group in [directory.to_str().unwrap(), "ci"] {
+        let why = format!("NIDO_CGROUP cannot be used: {group} is not the absolute path of a control group");
+        let refused = home.nido(["spawn", "web", "--accel", "tcg", "--json"]).env("NIDO_CGROUP", group).run();
+        let problem = refused.fails(2, "spec_invalid");
+        assert!(problem["detail"].as_str().unwrap().contains(&why), "{problem}");
+        assert!(problem["hint"].as_str().unwrap().contains("unset NIDO_CGROUP"), "{problem}");
+        processes::expect_none(&home.path());
+        let report = home.nido(["doctor", "--json"]).env("NIDO_CGROUP", group).run().json();
+        let is_named = |check: &&serde_json::Value| check["name"] == "host limits";
+        let limits = report["checks"].as_array().unwrap().iter().find(is_named).unwrap();
+        assert_eq!((&limits["status"], &limits["detail"]), (&"failed".into(), &why.into()));
+        home.nido(["delete", "web", "--yes"]).run();
+    }
+}
+
 /// A VM whose template holds another nido's agent booted that agent, which this nido may not understand.
 #[test]
 fn a_vm_boots_with_the_agent_of_this_nido() {

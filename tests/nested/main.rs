@@ -10,6 +10,8 @@
 #[allow(dead_code, unused_imports, reason = "the boot suite uses the rest")]
 mod rig;
 
+mod control_groups;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Subcommand;
 use nido_core::host_paths::DefaultPaths;
 use nido_core::policy::Policy;
+use nido_engine::host::delegation;
 use nido_mcp::Settings;
 use nido_server::{openapi, serve};
 
@@ -65,6 +66,12 @@ impl Args {
                 return Ok(Exit::Success);
             }
         };
+        // First of all: the group must not have another process yet, such as a supervisor.
+        match delegation::leave_group_for_vms() {
+            Ok(true) => tracing::info!("the server has moved to a child of its control group, beside those of VMs"),
+            Ok(false) => {}
+            Err(error) => tracing::warn!("VMs get no control groups with limits: {error}"),
+        }
         let policy = start.mcp_policy.as_deref().map(Policy::load).transpose()?.unwrap_or_default();
         let options = start.listen.options(true)?;
         let nido = Arc::new(cx.nido().await?);

@@ -69,6 +69,8 @@ pub const DISK_TEMPORARY: &str = "disk.qcow2.new";
 pub const VM_RECORD: &str = "vm.json";
 /// The sealed key of the VM's certificate authority.
 pub const AUTHORITY: &str = "authority.sealed";
+/// The path of the control group that nido has made for QEMU, until it is removed.
+pub const CONTROL_GROUP: &str = "cgroup";
 /// Prefix of the name of a directory that is being removed: a VM's or a snapshot's.
 pub const REMOVED_PREFIX: &str = ".gone-";
 

@@ -85,7 +85,7 @@ impl Supervisor {
     async fn conclude(mut self, exit: QemuExit) -> Result<()> {
         self.refuse_calls();
         self.gather_tails().await;
-        self.note_memory_limit(exit);
+        self.note_host_limits(exit);
         let (state, failure) = self.lifecycle.end(exit);
         if self.machine.accel == Accel::Kvm && failure.as_ref().is_some_and(|failure| questions_kvm(failure.cause)) {
             self.test_kvm_again().await;
@@ -246,6 +246,7 @@ impl Supervisor {
 
     /// Records how the VM ended, notifies all waiting clients, and removes its files if it is ephemeral.
     async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<ErrorRecord>) -> Result<()> {
+        self.leave_group().await;
         let never_ran = *self.life.borrow() == StartupPhase::Launching;
         let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_abandoned(&self.row);
         // Any process that finds a stopped ephemeral VM deletes it.

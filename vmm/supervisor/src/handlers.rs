@@ -57,6 +57,7 @@ impl Supervisor {
             self.set_guest_clock();
         }
         self.apply_disk_quota(running);
+        self.check_group();
         let now = Instant::now();
         if !self.lifecycle.is_resuming()
             && self.by_itself.as_mut().is_some_and(|by_itself| by_itself.is_due(now, Path::new(".")))
@@ -140,7 +141,7 @@ impl Supervisor {
             Report::Denied(denial) => self.on_denied(denial),
             Report::ByteLimit(reached) => self.on_limit_hit(super::recorded_limits::of_bytes(&reached)),
             Report::Resolved(pins) => self.keep_pins(pins),
-            Report::HostLimits(found) => self.on_host_limits(*found),
+            Report::Group(group) => self.on_group(*group),
             Report::SecretUsed(used) => self.on_secret_used(*used),
             Report::JobEnded(what, outcome) => {
                 if let Err(error) = outcome {

@@ -16,7 +16,7 @@ use nido_engine::home::{
 use nido_engine::host::{self, QemuFacts};
 use nido_engine::machine::Machine;
 use nido_engine::qemu::argv::{Disk, Files, Memory, flatten, parts};
-use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuExit, QemuProcess, needs, process};
+use nido_engine::qemu::{GroupToJoin, Monitor, MonitorError, MonitorEvent, QemuExit, QemuProcess, needs, process};
 use nido_files::lock::HeldLock;
 use nido_files::private_dir::remove_socket;
 use nido_store::{Origin, Purpose, VmRow};
@@ -147,25 +147,31 @@ pub(super) async fn connect(limit: Duration) -> Result<Connection> {
 }
 
 /// Starts QEMU for the VM. The working directory is the VM's.
-pub(super) fn launch(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts, handle: &QemuHandle) -> Result<()> {
-    let process = spawn(home, row, machine, qemu)?;
+pub(super) fn launch(
+    home: &Home,
+    row: &VmRow,
+    machine: &Machine,
+    qemu: &QemuFacts,
+    handle: &QemuHandle,
+    group: Option<GroupToJoin>,
+) -> Result<()> {
+    let process = spawn(home, row, machine, qemu, group)?;
     let _ = handle.0.set(process);
     nido_files::failpoint!("launch.spawned");
     Ok(())
 }
 
-fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Result<QemuProcess> {
+fn spawn(
+    home: &Home,
+    row: &VmRow,
+    machine: &Machine,
+    qemu: &QemuFacts,
+    group: Option<GroupToJoin>,
+) -> Result<QemuProcess> {
     let frozen = row.parts.frozen.iter().map(|frozen| &frozen.sha256);
     let bases: Vec<_> = std::iter::once(&row.parts.root).chain(frozen).collect();
     let incoming = row.origin != Origin::Boot;
-    let (memory, image) = match &row.origin {
-        Origin::Fork(saved) => {
-            let path = home.blob(&saved.memory).into();
-            (Memory::Image { path, read_only: qemu.memory_file_rom }, Some(&saved.memory))
-        }
-        _ if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
-        Origin::Boot | Origin::Restore { .. } => (Memory::Fresh, None),
-    };
+    let (memory, image) = memory(home, row, qemu);
     let quota = row.spec.disk_quota_bytes.filter(|_| row.purpose == Purpose::Use);
     let files = Files {
         memory,
@@ -211,12 +217,25 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
     let confinement = confinement(machine, &files, program)?;
     tracing::info!(program = %program.display(), ?args, confinement = ?machine.confinement, "starting QEMU");
     let vm_dir = Path::new(".");
-    let launch = process::Launch { program, args: &args, vm_dir, log, lock: lock.file(), confinement, file_bytes };
+    let launch =
+        process::Launch { program, args: &args, vm_dir, log, lock: lock.file(), confinement, file_bytes, group };
     QemuProcess::spawn(launch).map_err(|e| {
         // A verdict on the host that does not hold any more is not for the next start.
         host::confinement::invalidate(&home.cache());
         Error::io(format!("cannot start {}", program.display()), e)
     })
+}
+
+/// The guest's memory, and the part of the template that it is mapped from.
+fn memory<'a>(home: &Home, row: &'a VmRow, qemu: &QemuFacts) -> (Memory, Option<&'a String>) {
+    match &row.origin {
+        Origin::Fork(saved) => {
+            let path = home.blob(&saved.memory).into();
+            (Memory::Image { path, read_only: qemu.memory_file_rom }, Some(&saved.memory))
+        }
+        _ if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
+        Origin::Boot | Origin::Restore { .. } => (Memory::Fresh, None),
+    }
 }
 
 /// Whether the parts of the template can be read that the VM needs.

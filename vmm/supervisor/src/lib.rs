@@ -21,6 +21,7 @@ mod clock;
 mod commands;
 pub mod context;
 pub mod control;
+mod control_group;
 mod control_server;
 mod disk_quota;
 mod event_loop;

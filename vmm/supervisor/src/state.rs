@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use nido_api::HostLimits;
 use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
 use nido_engine::guest::{Channel, Guest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir};
+use nido_engine::host::ControlGroup;
 use nido_engine::machine::{Accel, Machine, Transport};
 use nido_files::lock::HeldLock;
 use nido_files::private_dir::{make_socket_private, remove_socket};
@@ -22,6 +22,7 @@ use nido_store::{Origin, Transition, VmRow};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
+use super::control_group::LimitedGroup;
 use super::control_server::{ActiveSessions, ControlQueue, ControlRequest, ReplySender, StartupPhase, serve};
 use super::forwards::Forwards;
 use super::host_clocks::HostClocks;
@@ -93,6 +94,8 @@ pub(super) struct Supervisor {
     pub(super) recorded_limits: RecordedLimits,
     /// How long QEMU's files may become, once this supervisor has set it.
     pub(super) layer_limit: Option<u64>,
+    /// The control group that limits QEMU on the host.
+    pub(super) group: Option<LimitedGroup>,
     /// The start of QEMU, or the take-over of one, until it is over.
     pub(super) startup: Option<PendingStart>,
     /// It was given up, and its task may not have ended yet.
@@ -127,8 +130,8 @@ pub(super) enum Report {
     Denied(Box<Denial>),
     /// The guest has sent or received as many bytes as it may.
     ByteLimit(ByteLimit),
-    /// What the kernel limits of QEMU and this supervisor.
-    HostLimits(Box<HostLimits>),
+    /// The VM has a systemd scope, which is this control group.
+    Group(Box<ControlGroup>),
     /// The network is about to put a secret into a request, or has counted those that it did.
     SecretUsed(Box<UseReport>),
     /// What a job does, and its outcome: an error, too, if it is late and continues.
@@ -214,6 +217,7 @@ impl Supervisor {
             unwritten: UnwrittenChanges::prepare(Path::new(UNWRITTEN)),
             recorded_limits: RecordedLimits::default(),
             layer_limit: None,
+            group: None,
             startup: None,
             start_cancelled: false,
             deferred: Vec::new(),

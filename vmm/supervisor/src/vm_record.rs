@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::VmState;
 use nido_engine::home::{
-    AGENT_SOCKET, AUTHORITY, CONSOLE_LOG, CONTROL_SOCKET, EARLIER_SOCKETS, GUEST_CONFIG, NAME_PINS, QEMU_DIRECTORY,
-    QEMU_LOG, SUPERVISOR_LOCK, SUPERVISOR_LOG, TRAFFIC, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
+    AGENT_SOCKET, AUTHORITY, CONSOLE_LOG, CONTROL_GROUP, CONTROL_SOCKET, EARLIER_SOCKETS, GUEST_CONFIG, NAME_PINS,
+    QEMU_DIRECTORY, QEMU_LOG, SUPERVISOR_LOCK, SUPERVISOR_LOG, TRAFFIC, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
 };
 use nido_files::atomic_file::{Durability, is_temporary, write_private};
 use nido_store::{Purpose, VmRow, spec_of_stored, stored_spec};
@@ -24,7 +24,7 @@ const FORMAT: u32 = 1;
 /// The longest record that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 /// Files that hold nothing of a guest: locks, sockets, logs, configuration.
-const DISPOSABLE_FILES: [&str; 14] = [
+const DISPOSABLE_FILES: [&str; 15] = [
     SUPERVISOR_LOCK,
     VM_LOCK,
     VM_RECORD,
@@ -38,6 +38,7 @@ const DISPOSABLE_FILES: [&str; 14] = [
     NAME_PINS,
     TRAFFIC,
     AUTHORITY,
+    CONTROL_GROUP,
     "guest.new",
 ];
 

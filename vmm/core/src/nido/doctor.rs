@@ -8,12 +8,13 @@ use std::time::Duration;
 use nido_api::FrontEnd;
 use nido_api::error::{Error, Result};
 use nido_api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
+use nido_engine::host::delegation::host_groups;
 use nido_engine::host::{HostFacts, QemuFacts, confinement, facts, kvm, qemu};
 use nido_engine::snapshot;
 use nido_files::random;
 
 use self::checks::{
-    check, check_cgroups, check_confinement, check_disk, check_kvm, check_machine, check_memory, check_nesting,
+    check, check_confinement, check_disk, check_host_limits, check_kvm, check_machine, check_memory, check_nesting,
     check_qemu, check_unit, check_user, check_vsock, check_webhooks,
 };
 use crate::nido::reconcile::{Finding, Plan, RemovalCounts, Repair, Scope, VmRepair};
@@ -257,7 +258,7 @@ async fn check_host(
     checks.push(check_user(&host));
     checks.push(check_unit());
     checks.push(check_memory(&host));
-    checks.push(check_cgroups(std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok().as_deref()));
+    checks.push(check_host_limits(host_groups()));
     Ok((checks, host, qemu.ok()))
 }
 

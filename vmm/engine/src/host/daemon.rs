@@ -13,8 +13,8 @@ use std::path::Path;
 use std::process::Command;
 
 /// Variables of the caller that a process of nido may see: where programs, the user's files and the buses are, what the system's
-/// libraries need for certificates and times.
-pub const KEPT_VARIABLES: [&str; 18] = [
+/// libraries need for certificates and times, and nido's own settings.
+pub const KEPT_VARIABLES: [&str; 19] = [
     "PATH",
     "HOME",
     "USER",
@@ -32,6 +32,7 @@ pub const KEPT_VARIABLES: [&str; 18] = [
     "SSL_CERT_DIR",
     "RUST_BACKTRACE",
     "LLVM_PROFILE_FILE",
+    "NIDO_CGROUP",
     "NIDO_PRECOPY",
 ];
 /// How many files a process of nido must be allowed to open, at least.

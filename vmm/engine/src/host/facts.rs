@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfinementSupport, KvmVerdict, VsockVerdict, cache, confinement, kvm, kvm_features, tsc, vsock};
 
+/// What a file system in memory calls itself.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
 /// What this host offers, QEMU apart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostFacts {
@@ -121,6 +124,12 @@ pub fn gather(cache_dir: &Path) -> HostFacts {
 pub fn disk_free_bytes(path: &Path) -> std::io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Whether files in this directory are memory of the host.
+#[must_use]
+pub fn is_in_memory(dir: &Path) -> bool {
+    rustix::fs::statfs(dir).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC)
 }
 
 fn tsc_khz(cache_dir: &Path) -> Option<u32> {

@@ -8,7 +8,9 @@
 mod boot;
 mod cache;
 pub mod confinement;
+pub mod control_group;
 pub mod daemon;
+pub mod delegation;
 pub mod facts;
 pub mod kvm;
 mod kvm_features;
@@ -21,6 +23,7 @@ pub mod vm_processes;
 pub mod vsock;
 
 pub use confinement::ConfinementSupport;
+pub use control_group::ControlGroup;
 pub use facts::{HostFacts, KvmModule, Nesting};
 pub use kvm::KvmVerdict;
 pub use qemu::{QemuFacts, QemuProbeError, QemuVersion};

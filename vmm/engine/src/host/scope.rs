@@ -14,6 +14,8 @@ use std::time::Duration;
 use nido_api::HostLimits;
 use tokio::process::Command;
 
+use super::control_group::scope_name;
+
 /// How long systemd may take.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long systemd gives the VM to stop before it kills it, in microseconds: longer than the supervisor gives the guest.
@@ -98,14 +100,16 @@ fn limit_properties(limits: &HostLimits, keeps_supervisor: bool) -> Vec<[String;
     let memory = limits.memory_bytes.map(|bytes| number("MemoryMax", bytes));
     let processes = limits.processes.map(|processes| number("TasksMax", processes));
     let cpu = limits.cpu_percent.map(|percent| number("CPUQuotaPerSecUSec", percent * 10_000));
+    let io = limits.io_weight.map(|weight| number("IOWeight", weight));
     // Otherwise systemd ends the supervisor, too, when the kernel kills QEMU.
     let policy = (keeps_supervisor && memory.is_some()).then(|| ["OOMPolicy", "s", "continue"].map(String::from));
-    memory.into_iter().chain(processes).chain(cpu).chain(policy).collect()
+    memory.into_iter().chain(processes).chain(cpu).chain(io).chain(policy).collect()
 }
 
 fn start_arguments(id: &str, description: &str, pids: &[i32], limits: &[[String; 3]]) -> Vec<String> {
     let count = (4 + limits.len()).to_string();
-    let mut arguments = vec!["StartTransientUnit".into(), "ssa(sv)a(sa(sv))".into(), unit(id), "fail".into(), count];
+    let mut arguments =
+        vec!["StartTransientUnit".into(), "ssa(sv)a(sa(sv))".into(), scope_name(id), "fail".into(), count];
     arguments.extend(["Description", "s", description].map(String::from));
     arguments.extend(["CollectMode", "s", "inactive-or-failed"].map(String::from));
     arguments.extend(["TimeoutStopUSec", "t", &STOP_TIMEOUT_US.to_string()].map(String::from));
@@ -117,14 +121,10 @@ fn start_arguments(id: &str, description: &str, pids: &[i32], limits: &[[String;
 }
 
 fn attach_arguments(id: &str, pids: &[i32]) -> Vec<String> {
-    let mut arguments = vec!["AttachProcessesToUnit".into(), "ssau".into(), unit(id), String::new()];
+    let mut arguments = vec!["AttachProcessesToUnit".into(), "ssau".into(), scope_name(id), String::new()];
     arguments.push(pids.len().to_string());
     arguments.extend(pids.iter().map(i32::to_string));
     arguments
-}
-
-fn unit(id: &str) -> String {
-    format!("nido-{id}.scope")
 }
 
 async fn call(bus: Bus, arguments: &[String]) -> Result<(), String> {
@@ -212,13 +212,15 @@ mod tests {
 
     #[test]
     fn limits_are_properties_of_the_scope() {
-        let limits = HostLimits { memory_bytes: Some(5), processes: Some(6), cpu_percent: Some(150) };
+        let limits =
+            HostLimits { memory_bytes: Some(5), processes: Some(6), cpu_percent: Some(150), io_weight: Some(50) };
         let words = start_arguments("00ff", "VM", &[7], &limit_properties(&limits, true)).join(" ");
-        assert!(words.starts_with("StartTransientUnit ssa(sv)a(sa(sv)) nido-00ff.scope fail 8 "), "{words}");
-        let properties = "MemoryMax t 5 TasksMax t 6 CPUQuotaPerSecUSec t 1500000 OOMPolicy s continue PIDs au 1 7 0";
+        assert!(words.starts_with("StartTransientUnit ssa(sv)a(sa(sv)) nido-00ff.scope fail 9 "), "{words}");
+        let properties =
+            "MemoryMax t 5 TasksMax t 6 CPUQuotaPerSecUSec t 1500000 IOWeight t 50 OOMPolicy s continue PIDs au 1 7 0";
         assert!(words.ends_with(properties), "{words}");
-        assert_eq!(limit_properties(&limits, false).len(), 3);
-        assert_eq!(attempts(&limits).iter().map(Vec::len).collect::<Vec<_>>(), [4, 3, 0]);
+        assert_eq!(limit_properties(&limits, false).len(), 4);
+        assert_eq!(attempts(&limits).iter().map(Vec::len).collect::<Vec<_>>(), [5, 4, 0]);
         assert_eq!(attempts(&HostLimits::default()).len(), 1);
         assert!(limit_properties(&HostLimits::default(), true).is_empty());
     }

@@ -6,12 +6,14 @@
 pub mod argv;
 #[cfg(test)]
 mod argv_golden;
+mod child;
 pub mod migration;
 pub mod monitor;
 mod monitor_wire;
 mod needs;
 pub mod process;
 
+pub use child::GroupToJoin;
 pub use monitor::{Monitor, MonitorError, MonitorEvent};
 pub use needs::needs;
 pub use process::{Launch, QemuExit, QemuProcess};

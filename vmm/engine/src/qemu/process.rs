@@ -8,7 +8,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -18,8 +18,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::confine::{Confinement, Failure, explained};
-use crate::host::daemon::{close_descriptors_at_exec, reset_signals, set_qemu_environment};
+use super::child::{GroupToJoin, join, prepare};
+use crate::confine::{Confinement, explained};
+use crate::host::daemon::set_qemu_environment;
 
 /// How to start QEMU.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub struct Launch<'a> {
     pub confinement: Option<Confinement>,
     /// How long a file that it writes may become; a write behind that fails.
     pub file_bytes: Option<u64>,
+    /// The control group that it joins before it is executed.
+    pub group: Option<GroupToJoin>,
 }
 
 /// How QEMU ended.
@@ -76,9 +79,14 @@ impl QemuProcess {
             .stdin(Stdio::null())
             .stdout(launch.log.try_clone()?)
             .stderr(launch.log);
-        let (mut confinement, file_bytes) = (launch.confinement, launch.file_bytes);
-        // SAFETY: `prepare` makes system calls only; it neither allocates nor locks.
-        unsafe { command.pre_exec(move || prepare(lock_fd, confinement.as_mut(), file_bytes)) };
+        let (mut confinement, file_bytes, group) = (launch.confinement, launch.file_bytes, launch.group);
+        // SAFETY: `join` and `prepare` make system calls only; they neither allocate nor lock.
+        unsafe {
+            command.pre_exec(move || {
+                group.as_ref().map_or(Ok(()), join)?;
+                prepare(lock_fd, confinement.as_mut(), file_bytes)
+            })
+        };
         let mut child = command.spawn().map_err(explained)?;
         let pid = Pid::from_child(&child);
         // The child is not waited for yet, so its number cannot belong to another process.
@@ -186,37 +194,6 @@ pub fn peer_pid(socket: impl AsFd) -> io::Result<Pid> {
     Pid::from_raw(getsockopt(&socket, PeerCredentials)?.pid()).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// What happens in the child between fork and exec: system calls and nothing else.
-fn prepare(lock_fd: RawFd, confinement: Option<&mut Confinement>, file_bytes: Option<u64>) -> io::Result<()> {
-    let done = |result: libc::c_int| if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    reset_signals();
-    // SAFETY: plain system calls on values of this frame.
-    unsafe {
-        done(libc::setsid())?;
-        done(libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core))?;
-        if let Some(bytes) = file_bytes {
-            // The signal's default ends the process; ignored, the write fails.
-            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-            let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
-            done(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit))?;
-        }
-        done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
-        // The directories of a new root must be usable.
-        libc::umask(0o022);
-        confinement.map_or(Ok(()), Confinement::enter).map_err(Failure::error)?;
-        libc::umask(0o177);
-        let mut blocked: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut blocked);
-        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
-            libc::sigaddset(&raw mut blocked, signal);
-        }
-        done(libc::sigprocmask(libc::SIG_SETMASK, &raw const blocked, std::ptr::null_mut()))?;
-        close_descriptors_at_exec()?;
-        done(libc::fcntl(lock_fd, libc::F_SETFD, 0))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::OpenOptions;
@@ -241,6 +218,7 @@ mod tests {
             lock: lock.file(),
             confinement: None,
             file_bytes: None,
+            group: None,
         })
         .unwrap()
     }
@@ -320,12 +298,40 @@ mod tests {
             lock: lock.file(),
             confinement: None,
             file_bytes: Some(8 << 10),
+            group: None,
         })
         .unwrap();
         assert_eq!(ended(&process).await, QemuExit::Code(0));
         let log = std::fs::read_to_string(dir.path().join("qemu.log")).unwrap();
         assert!(log.contains("dd: 1"), "{log}");
         assert_eq!(std::fs::metadata(dir.path().join("disk")).unwrap().len(), 8 << 10);
+    }
+
+    /// What runs outside of its control group has no limits.
+    #[tokio::test]
+    async fn it_joins_its_group_before_it_is_executed() {
+        let dir = tempfile::tempdir().unwrap();
+        let launch = |members: File, is_required: bool| {
+            let lock = HeldLock::try_take(&dir.path().join("vm.lock")).unwrap().unwrap();
+            let log = OpenOptions::new().append(true).create(true).open(dir.path().join("qemu.log")).unwrap();
+            QemuProcess::spawn(Launch {
+                program: "/bin/sh".as_ref(),
+                args: &["-c".into(), "cat members; ls -l /proc/$$/fd".into()],
+                vm_dir: dir.path(),
+                log,
+                lock: lock.file(),
+                confinement: None,
+                file_bytes: None,
+                group: Some(GroupToJoin { members, is_required }),
+            })
+        };
+        let members = File::create(dir.path().join("members")).unwrap();
+        assert_eq!(ended(&launch(members, true).unwrap()).await, QemuExit::Code(0));
+        let log = std::fs::read_to_string(dir.path().join("qemu.log")).unwrap();
+        assert!(log.starts_with('0') && !log.contains("/members"), "{log}");
+        let full = || OpenOptions::new().write(true).open("/dev/full").unwrap();
+        assert_eq!(launch(full(), true).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+        assert_eq!(ended(&launch(full(), false).unwrap()).await, QemuExit::Code(0));
     }
 
     #[test]

@@ -90,6 +90,7 @@ impl Host {
             lock: lock.file(),
             confinement,
             file_bytes: None,
+            group: None,
         });
         let exit = tokio::time::timeout(Duration::from_secs(60), process.unwrap().wait()).await.unwrap().unwrap();
         let log = fs::read_to_string(log_path).unwrap();
@@ -256,6 +257,7 @@ async fn qemu_does_not_start_without_a_promised_layer() {
         lock: lock.file(),
         confinement: Some(confinement),
         file_bytes: None,
+        group: None,
     };
     let error = QemuProcess::spawn(launch).unwrap_err().to_string();
     assert!(error.contains("the root directory cannot be mounted: No such file"), "{error}");

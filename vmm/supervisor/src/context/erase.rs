@@ -37,6 +37,7 @@ impl Context {
         }
         nido_files::failpoint!("erase.marked");
         let broken = |e| Error::io("cannot remove the VM's files", e);
+        crate::control_group::remove(dir.path(), id);
         let last_log_entries = log_tail(&dir, &[CONSOLE_LOG]);
         let removed = self.home.removed_vm(id);
         // Of an attempt that was killed.

@@ -119,6 +119,11 @@ impl Context {
         self.home.vm(id)
     }
 
+    /// Removes the control group of a VM whose QEMU has ended, if nido has made one. The caller holds the VM's lock.
+    pub fn remove_control_group(&self, id: &str) {
+        crate::control_group::remove(self.vm_dir(id).path(), id);
+    }
+
     /// Whether a VM belongs to a session that is over, or to an operation that ended before it had made all its VMs.
     #[must_use]
     pub fn is_abandoned(&self, row: &VmRow) -> bool {

@@ -26,7 +26,7 @@ use tokio::time::timeout;
 
 pub(super) use self::host::HostProbe;
 pub(super) use self::logs::{Tails, rotate_logs};
-pub(super) use self::snapshot::{Preparation, Prepared, is_in_memory};
+pub(super) use self::snapshot::{Preparation, Prepared};
 pub(super) use self::warm_image::WarmImage;
 
 /// Runs work to its end.

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nido_api::error::{Code, Error, Hint, Result};
@@ -11,6 +11,7 @@ use nido_api::name::SnapshotName;
 use nido_engine::bake::qemu_id;
 use nido_engine::home::VmDir;
 use nido_engine::host::facts;
+use nido_engine::host::facts::is_in_memory;
 use nido_engine::machine::Machine;
 use nido_engine::qemu::migration::Bounds;
 use nido_engine::snapshot::{self, LayerCopy, PendingSnapshot, RunningState};
@@ -20,8 +21,6 @@ use super::HostProbe;
 /// How long, and in how many passes over the memory, the changes of a running guest are followed before it is paused.
 const FOLLOWED_FOR: Duration = Duration::from_secs(2);
 const PASSES: u64 = 8;
-/// What a file system in memory calls itself.
-const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// A snapshot that is to be taken.
 #[derive(Debug)]
@@ -104,9 +103,4 @@ impl Preparation {
             None => 0,
         }
     }
-}
-
-/// Whether files in this directory are memory of the host.
-pub(crate) fn is_in_memory(dir: &Path) -> bool {
-    rustix::fs::statfs(dir).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC)
 }

@@ -128,7 +128,7 @@ impl Supervisor {
             StartReport::Spawned => {}
             StartReport::Connected(connection) => {
                 running.connected(connection);
-                self.leave_callers_unit(running.process.pid());
+                self.join_group(running.process.pid());
                 let qemu_ms = self.since_request_ms();
                 let path = self.start_path();
                 self.row.timings = Some(Timings { path, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 });
@@ -158,7 +158,7 @@ impl Supervisor {
             Some(connection) => running.connected(connection),
             None => running.fell_mute(),
         }
-        self.leave_callers_unit(running.process.pid());
+        self.join_group(running.process.pid());
         self.step(Event::Attached { mute: running.is_mute() }, running);
         // A VM without a purpose is killed, and one that does not reply can only be watched.
         if running.is_mute() || self.lifecycle.role() != Role::Use {

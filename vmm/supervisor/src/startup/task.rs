@@ -12,13 +12,14 @@ use nido_api::sanitize::on_one_line;
 use nido_engine::home::{DEVICE_STATE, LOAD_SOCKET, VM_LOCK, VmDir};
 use nido_engine::machine::Machine;
 use nido_engine::qemu::migration::{self, Memory};
-use nido_engine::qemu::{Monitor, QemuExit};
+use nido_engine::qemu::{GroupToJoin, Monitor, QemuExit};
 use nido_files::lock::is_held;
 use nido_store::{Origin, Purpose, VmRow};
 use qapi::qmp::RunState;
 use tokio::sync::mpsc;
 
 use crate::context::Context;
+use crate::control_group;
 use crate::jobs::{self, HostProbe, Jobs};
 use crate::launch::{Connection, QemuHandle, attach, connect, launch};
 use crate::loaded_guest::{enlarge_disk, has_link_to_hold, switch_link};
@@ -31,6 +32,9 @@ use crate::state::{RECORD_JOB, RECORD_TIMEOUT, Report};
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 /// The job that opens what is loaded.
 const OPEN_JOB: &str = "opening the saved state";
+/// The job that makes QEMU's control group, and how long it may take.
+const GROUP_JOB: &str = "making the VM's control group";
+const GROUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a QEMU that was left by its supervisor may take to listen to another.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a QEMU that cannot load may take to end itself. Its log has the cause then.
@@ -66,7 +70,8 @@ impl Startup {
     async fn launch(&self) -> Result<()> {
         let host = HostProbe::new(&self.context);
         let facts = jobs::run(move || host.qemu()).await?;
-        launch(self.context.home(), &self.row, &self.machine, &facts, &self.process)?;
+        let group = self.group().await?;
+        launch(self.context.home(), &self.row, &self.machine, &facts, &self.process, group)?;
         self.report(StartReport::Spawned).await;
         let (monitor, events) = connect(self.ready_within).await?;
         nido_files::failpoint!("startup.monitor");
@@ -79,6 +84,15 @@ impl Startup {
             nido_files::failpoint!("startup.resumed");
         }
         Ok(())
+    }
+
+    /// Makes QEMU's control group, if the host has a tree for it.
+    async fn group(&self) -> Result<Option<GroupToJoin>> {
+        let (dir, id, machine) = (self.dir.clone(), self.row.id.clone(), self.machine.clone());
+        let group = move || control_group::make(dir.path(), &id, &machine);
+        let group = jobs::run_within(GROUP_JOB, GROUP_TIMEOUT, group).await?;
+        nido_files::failpoint!("launch.grouped");
+        Ok(group)
     }
 
     async fn report(&self, report: StartReport) {

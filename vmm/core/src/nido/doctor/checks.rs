@@ -6,6 +6,7 @@ use nido_api::{
     AccelChoice, CheckStatus, DoctorCheck, MachineChoice, NetChoice, WebhookInfo, default_cpus, default_memory_mib,
 };
 use nido_engine::confine::Layer;
+use nido_engine::host::delegation::{Delegation, HostGroups, NotDelegated, VARIABLE};
 use nido_engine::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, kvm, qemu, scope};
 use nido_engine::machine::{self, MachineRequest};
 
@@ -189,16 +190,8 @@ pub(super) fn check_nesting(host: &HostFacts) -> DoctorCheck {
 pub(super) fn check_unit() -> DoctorCheck {
     match (scope::ties_here(), scope::bus()) {
         (Some((why, hint)), _) => check("systemd unit", CheckStatus::Warning, why).hint(hint),
-        (None, Some(_)) => check(
-            "systemd unit",
-            CheckStatus::Ok,
-            "each running VM gets a systemd scope of its own, with limits of memory, processes and CPU",
-        ),
-        (None, None) => check(
-            "systemd unit",
-            CheckStatus::Ok,
-            "VMs outlive the process that starts them; without systemd they have no limits of memory, processes and CPU on the host",
-        ),
+        (None, Some(_)) => check("systemd unit", CheckStatus::Ok, "VMs outlive the unit that they are started in"),
+        (None, None) => check("systemd unit", CheckStatus::Ok, "VMs outlive the process that starts them"),
     }
 }
 
@@ -215,11 +208,36 @@ pub(super) fn check_user(host: &HostFacts) -> DoctorCheck {
     )
 }
 
-/// `controllers`: what the file of that name says, if it is there.
-pub(super) fn check_cgroups(controllers: Option<&str>) -> DoctorCheck {
-    match controllers {
-        Some(list) => check("cgroups", CheckStatus::Ok, format!("version 2: {}", list.trim())),
-        None => check("cgroups", CheckStatus::Ok, "version 1 or none"),
+/// What limits VMs on the host. Pure.
+pub(super) fn check_host_limits(groups: std::result::Result<HostGroups, NotDelegated>) -> DoctorCheck {
+    const NAME: &str = "host limits";
+    match groups {
+        Ok(HostGroups::Scopes(_)) => check(
+            NAME,
+            CheckStatus::Ok,
+            "each running VM gets a systemd scope of its own, with limits of memory, processes, CPU and I/O",
+        ),
+        Ok(HostGroups::Delegated(Delegation { path, controllers, .. })) => {
+            let (path, controllers) = (path.display(), controllers.join(", "));
+            let detail =
+                format!("each running VM gets a control group of its own in {path}, with limits by {controllers}");
+            check(NAME, CheckStatus::Ok, detail)
+        }
+        Ok(HostGroups::None(why)) => {
+            let detail = format!("VMs have no limits: no systemd manager can be reached, and {}", why.describe());
+            let plain = check(NAME, CheckStatus::Ok, detail);
+            match why {
+                NotDelegated::HasProcesses(path) => {
+                    let path = path.display();
+                    plain.hint(format!(
+                        "name another group with {VARIABLE}, or move the processes of {path} into a child of it"
+                    ))
+                }
+                _ => plain,
+            }
+        }
+        Err(why) => check(NAME, CheckStatus::Failed, format!("{VARIABLE} cannot be used: {}", why.describe()))
+            .hint(format!("name a delegated control group that has no processes, or unset {VARIABLE}")),
     }
 }
 

@@ -230,6 +230,7 @@ impl Nido {
                 Transition::ended(state, failure)
             }
         };
+        self.context.remove_control_group(id);
         self.store().transition(id, &end)?.log(id, "its end");
         Ok(())
     }
