@@ -38,7 +38,7 @@ const HOME_FILES: [&str; 22] = [
     "guardian.lock",
 ];
 /// The files in the directory of a stopped VM. Sockets of a supervisor that was killed may.
-const VM_FILES: [&str; 19] = [
+const VM_FILES: [&str; 20] = [
     "vm.json",
     "supervisor.lock",
     "vm.lock",

@@ -97,7 +97,7 @@ const BLOCKING_CALLS: [&str; 34] = [
 /// How the supervisor runs a job: what stands in the brackets is run by another thread.
 const JOB_CALLS: [&str; 4] = ["jobs.start(", "jobs::run(", "jobs::run_within(", "self.job("];
 /// Files of the supervisor whose functions are called in jobs, by commands, or before the event loop begins.
-const BLOCKING_FILES: [&str; 6] = [
+const BLOCKING_FILES: [&str; 7] = [
     "vmm/supervisor/src/context/",
     "vmm/supervisor/src/control_group.rs",
     "vmm/supervisor/src/jobs/",
