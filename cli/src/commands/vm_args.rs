@@ -137,12 +137,12 @@ impl VmArgs {
     /// The core's specification; an absent flag keeps the core's default.
     pub fn spec(self, nido: &Nido, name: VmName) -> VmSpec {
         let names_net = self.machine.net.is_some();
-        let spec = self.as_named(name);
+        let spec = self.into_spec(name);
         let net = if names_net { spec.net } else { nido.default_net(&spec.template, &Limits::default()) };
         VmSpec { net, ..spec }
     }
 
-    fn as_named(self, name: VmName) -> VmSpec {
+    fn into_spec(self, name: VmName) -> VmSpec {
         let defaults = VmSpec::named(name);
         let machine = self.machine.bake();
         let (allow, presets) = split_entries(self.allow);

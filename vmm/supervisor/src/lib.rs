@@ -109,9 +109,9 @@ pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_a
     nido_files::failpoint!("supervise.begun");
     prepare_process(&dir)?;
     let asked_at = asked_at.unwrap_or_else(Instant::now);
-    state::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?
-        .run(attach, announce)
-        .await
+    let supervisor = state::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?;
+    // The supervisor is part of it, and too large for a stack frame.
+    Box::pin(supervisor.run(attach, announce)).await
 }
 
 /// The lock that came as standard input, or else taken here. `None`: another supervisor has it.
