@@ -36,12 +36,15 @@ fn a_guest_that_fills_its_disk_quota_sees_errors_and_keeps_running() {
     let hit = eventually("the limit hit", || vm.info()["limits_hit"].get(0).cloned());
     assert_eq!((&hit["kind"], &hit["limit"]), (&"disk".into(), &(64 << 20).into()), "{hit}");
     assert!(hit["evidence"]["used_bytes"].as_u64().is_some_and(|used| used <= (64 << 20) + (1 << 20)), "{hit}");
-    assert_eq!((vm.status().as_str(), vm.exec(["echo", "alive"]).text().as_str()), ("running", "alive"));
+    // Its kernel may have given up the file system. It runs, and a new start recovers what it has.
+    assert_eq!((vm.status().as_str(), &vm.info()["agent"]["ready"]), ("running", &true.into()));
     assert!(vm.nido("info", &[]).text().contains("limit hit"));
     let events = home.nido(["events", "--event", "vm.limit_hit", "--json"]).text();
     assert_eq!(events.lines().count(), 1, "{events}");
     // A snapshot has the memory, too.
     home.nido(["snapshot", "create", "web", "one"]).problem(1, "limit_exceeded");
+    vm.nido("restart", &[]).ok();
+    assert_eq!(vm.sh("test -e /root/filler && echo alive").text(), "alive");
 }
 
 #[test]
@@ -73,7 +76,9 @@ fn a_guest_that_has_sent_its_bytes_has_no_network_until_it_is_started_again() {
     vm.kill_supervisor();
     let counted = eventually("the next supervisor", sent);
     assert!(counted <= 5 << 20 && counted + (16 << 10) > 5 << 20, "{counted}");
-    assert!(["ECONNRESET", "EPIPE"].contains(&send(5).as_str()));
+    // The last one if the reset comes when everything is in the guest's buffer.
+    let ended = send(5);
+    assert!(["ECONNRESET", "EPIPE", "ENOTCONN"].contains(&ended.as_str()), "{ended}");
     assert_eq!(sent(), Some(LIMIT));
     assert_eq!(send(1), "ECONNREFUSED");
     let info = vm.info();

@@ -144,12 +144,12 @@ fn an_address_that_is_taken_is_replaced() {
     let program = std::env::var("NIDO_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".into());
     let qemu = home.user_dir().join("qemu-system-slow");
     // Started for the first time it waits until another process has its address. It is confined as QEMU is: all that it may write is
-    // the VM's directory, in which it works.
+    // `qemu` in the VM's directory, in which it works.
     let script = format!(
         "#!/bin/bash
-if [[ \"$*\" =~ guest-cid=([0-9]+) && ! -e held ]]; then
-    echo \"${{BASH_REMATCH[1]}}\" > wanted.new && mv wanted.new wanted
-    while [[ ! -e held ]]; do sleep 0.1; done
+if [[ \"$*\" =~ guest-cid=([0-9]+) && ! -e qemu/held ]]; then
+    echo \"${{BASH_REMATCH[1]}}\" > qemu/wanted.new && mv qemu/wanted.new qemu/wanted
+    while [[ ! -e qemu/held ]]; do sleep 0.1; done
 fi
 exec '{program}' \"$@\"
 "
@@ -160,7 +160,7 @@ exec '{program}' \"$@\"
         let holder = scope.spawn(|| {
             let (dir, first) = rig::eventually("an address", || {
                 let mut dirs = fs::read_dir(home.path().join("vms")).ok()?.flatten().map(|entry| entry.path());
-                dirs.find_map(|dir| Some((dir.clone(), fs::read_to_string(dir.join("wanted")).ok()?)))
+                dirs.find_map(|dir| Some((dir.clone(), fs::read_to_string(dir.join("qemu/wanted")).ok()?)))
             });
             let first: u32 = first.trim().parse().unwrap();
             let machine = ["-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"];
@@ -170,7 +170,7 @@ exec '{program}' \"$@\"
             let mut holder = holder.spawn().unwrap();
             // Its prompt comes when its machine is made.
             holder.stdout.as_mut().unwrap().read_exact(&mut [0; 4]).unwrap();
-            fs::write(dir.join("held"), "").unwrap();
+            fs::write(dir.join("qemu/held"), "").unwrap();
             (first, holder)
         });
         home.nido(["spawn", "web", "--cold"]).env("NIDO_QEMU", &qemu).ok();

@@ -14,19 +14,19 @@ const BYTES_MAX: u64 = (1 << 53) - 1;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetLimits {
-    /// Connections of TCP at a time [512].
+    /// Connections of TCP at a time; 512 if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 4096, nullable = false)]
     pub connections: Option<u64>,
-    /// New connections, and pairs of ends of UDP, in a second [200].
+    /// New connections, and pairs of ends of UDP, in a second; 200 if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 10000, nullable = false)]
     pub new_connections: Option<u64>,
-    /// Pairs of ends of UDP at a time [128].
+    /// Pairs of ends of UDP at a time; 128 if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 1024, nullable = false)]
     pub udp: Option<u64>,
-    /// Questions for names in a second [50].
+    /// Questions for names in a second; 50 if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 1000, nullable = false)]
     pub questions: Option<u64>,

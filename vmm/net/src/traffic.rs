@@ -1,7 +1,7 @@
 //! The bytes that a guest has sent and received since its start: counted, limited, and kept in a file from which the next engine
 //! continues.
 //!
-//! Invariants: once a limit is reached, it stays reached; a process that is killed loses at most [`UNWRITTEN_MAX`] bytes of the
+//! Invariants: once a limit is reached, it stays reached; a process that is killed loses at most `UNWRITTEN_MAX` bytes of the
 //! count. The guest's own end of a byte counts: what the name server gets and returns is part of it, headers are not.
 
 use std::cell::Cell;
