@@ -36,15 +36,13 @@ fn a_guest_that_fills_its_disk_quota_sees_errors_and_keeps_running() {
     let hit = eventually("the limit hit", || vm.info()["limits_hit"].get(0).cloned());
     assert_eq!((&hit["kind"], &hit["limit"]), (&"disk".into(), &(64 << 20).into()), "{hit}");
     assert!(hit["evidence"]["used_bytes"].as_u64().is_some_and(|used| used <= (64 << 20) + (1 << 20)), "{hit}");
-    // Its kernel may have given up the file system. It runs, and a new start recovers what it has.
+    // Its kernel may have given up the file system, so that no command can be read.
     assert_eq!((vm.status().as_str(), &vm.info()["agent"]["ready"]), ("running", &true.into()));
     assert!(vm.nido("info", &[]).text().contains("limit hit"));
     let events = home.nido(["events", "--event", "vm.limit_hit", "--json"]).text();
     assert_eq!(events.lines().count(), 1, "{events}");
     // A snapshot has the memory, too.
     home.nido(["snapshot", "create", "web", "one"]).problem(1, "limit_exceeded");
-    vm.nido("restart", &[]).ok();
-    assert_eq!(vm.sh("test -e /root/filler && echo alive").text(), "alive");
 }
 
 #[test]
