@@ -1,8 +1,8 @@
 //! The bytes that a guest has sent and received since its start: counted, limited, and kept in a file from which the next engine
 //! continues.
 //!
-//! Invariants: once a limit is reached, it stays reached; a process that is killed loses at most `UNWRITTEN_MAX` bytes of the
-//! count. The guest's own end of a byte counts: what the name server gets and returns is part of it, headers are not.
+//! Invariants: once a limit is reached, it stays reached; a process that is killed loses at most `UNWRITTEN_MAX` bytes of a count
+//! that is limited, and `UNLIMITED_UNWRITTEN_MAX` of one that is only shown. The guest's own end of a byte counts: what the name server gets and returns is part of it, headers are not.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -10,8 +10,10 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
-/// How many bytes may pass before the count is written again.
+/// How many bytes may pass before a count with a limit is written again.
 const UNWRITTEN_MAX: u64 = 16 << 10;
+/// The same without limits: writing more often would slow a fast connection down.
+const UNLIMITED_UNWRITTEN_MAX: u64 = 1 << 20;
 
 /// How many bytes have passed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -140,7 +142,9 @@ impl Traffic {
     fn passed(&self, bytes: usize) {
         let unwritten = self.unwritten.get().saturating_add(bytes as u64);
         self.unwritten.set(unwritten);
-        if unwritten >= UNWRITTEN_MAX || self.reached().is_some() {
+        let is_limited = self.sent_max.or(self.received_max).is_some();
+        let most = if is_limited { UNWRITTEN_MAX } else { UNLIMITED_UNWRITTEN_MAX };
+        if unwritten >= most || self.reached().is_some() {
             self.write();
         }
     }
@@ -182,6 +186,19 @@ mod tests {
         {
             assert_eq!(decode(damaged.as_bytes()), None, "{damaged}");
         }
+    }
+
+    #[test]
+    fn a_count_without_limits_is_written_less_often() {
+        let path = std::env::temp_dir().join(format!("nido-traffic-unlimited-{}", std::process::id()));
+        let file = TrafficFile::new(File::create(&path).unwrap());
+        let traffic = Traffic::new(Count::default(), None, None, Some(file));
+        let stored = || decode(&std::fs::read(&path).unwrap());
+        traffic.add_sent(1 << 19);
+        assert_eq!(stored(), None);
+        traffic.add_received(1 << 19);
+        assert_eq!(stored(), Some(Count { sent: 1 << 19, received: 1 << 19 }));
+        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
