@@ -13,8 +13,8 @@ use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
 use nido_api::redact::bytes;
 use nido_api::{
-    AllowEntry, BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest,
-    ImportResult, ImportSource, KernelChoice, TemplateInfo,
+    AllowEntry, BakeInfo, BakeRequest, BuildRequest, CaptureRequest, ExportRequest, ExportResult, ExportTarget,
+    ImportRequest, ImportResult, ImportSource, KernelChoice, TemplateInfo,
 };
 use nido_server::sanitize::line;
 use serde_json::json;
@@ -184,8 +184,8 @@ impl Args {
                 let built = {
                     let mut progress = Progress::new(&cx.output, name.as_str());
                     let mut told = |step| progress.build(&step);
-                    let made =
-                        until_signal(UNDO_LIMIT, nido.template_create(&name, &from, (!no_bake, allow), &mut told));
+                    let request = CaptureRequest { bake: !no_bake, allow };
+                    let made = until_signal(UNDO_LIMIT, nido.template_create(&name, &from, request, &mut told));
                     cx.audited(&nido, op::TEMPLATE_CREATE, arguments, made).await?
                 };
                 let size = show_bytes(built.template.size_bytes);

@@ -4,7 +4,7 @@ use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
-use nido_api::{BuildResult, BuildStep, TemplateInfo, TemplateList};
+use nido_api::{BuildResult, BuildStep, CaptureRequest, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 
 use super::{Operation, REPEATABLE, SINGLE_USE_HINTS, Tool, page_request, parse};
@@ -123,7 +123,8 @@ impl Operation for Create {
                 let done = done - 1.0 + f64::from(step.fraction.unwrap_or(0.0)).clamp(0.0, 1.0);
                 call.progress.report(done, Some(total), plain(&step.stage));
             };
-            let work = call.nido().await?.template_create(&self.name, &self.from, (!self.no_bake, None), &mut tell);
+            let request = CaptureRequest { bake: !self.no_bake, allow: None };
+            let work = call.nido().await?.template_create(&self.name, &self.from, request, &mut tell);
             ToolResult::new(&call.unless_cancelled(Box::pin(work)).await?)
         })
     }

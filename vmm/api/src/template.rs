@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::EgressRule;
-use super::{AccelChoice, MachineChoice, NetChoice};
+use super::{AccelChoice, AllowEntry, EgressRule, MachineChoice, NetChoice};
 use crate::name::TemplateName;
 
 /// Which kernel a template boots.
@@ -152,6 +151,15 @@ pub struct BuildRequest {
     pub bake: bool,
     /// Which kernel it shall boot; by default the one it boots now, or the stock kernel.
     pub kernel: Option<KernelChoice>,
+}
+
+/// How a template is made of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CaptureRequest {
+    /// Bake it for the usual machines as well.
+    pub bake: bool,
+    /// What bounds the rules of its VMs. If absent, they are bounded as those of the VM are.
+    pub allow: Option<Vec<AllowEntry>>,
 }
 
 /// How far a build has come.

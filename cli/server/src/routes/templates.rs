@@ -7,7 +7,8 @@ use axum::http::StatusCode;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
 use nido_api::{
-    AllowEntry, BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList,
+    AllowEntry, BakeRequest, BakeResult, BuildRequest, BuildResult, CaptureRequest, KernelChoice, TemplateInfo,
+    TemplateList,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
@@ -87,7 +88,8 @@ async fn create(
         Box::pin(async move {
             let nido = owner.nido().await?;
             let mut tell = |step: nido_api::BuildStep| stage.word(&step.stage);
-            value(&nido.template_create(&what.name, &what.from, (!what.no_bake, what.allow), &mut tell).await?)
+            let request = CaptureRequest { bake: !what.no_bake, allow: what.allow };
+            value(&nido.template_create(&what.name, &what.from, request, &mut tell).await?)
         })
     })
     .await?;

@@ -8,8 +8,8 @@ use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
 use nido_api::operation as op;
 use nido_api::{
-    AllowEntry, BakeRequest, BuildRequest, BuildResult, BuildStep, EGRESS_RULES_MAX, EgressRule, Limits, NetChoice,
-    PageRequest, StartStage, TemplateInfo, TemplateList, VmRef, check_within, moment, plain_rules,
+    AllowEntry, BakeRequest, BuildRequest, BuildResult, BuildStep, CaptureRequest, EGRESS_RULES_MAX, EgressRule,
+    Limits, NetChoice, PageRequest, StartStage, TemplateInfo, TemplateList, VmRef, check_within, moment, plain_rules,
 };
 use nido_engine::confine::Layer;
 use nido_engine::machine::Refusal;
@@ -141,23 +141,22 @@ impl Nido {
     }
 
     /// Makes a template of a VM: its disk as it is, everything else as in the template it was made from; then bakes it. A
-    /// running VM is paused for a moment and resumed. `allow` bounds the rules of its VMs; if absent, they are bounded as those of
-    /// the VM are.
+    /// running VM is paused for a moment and resumed.
     ///
     /// # Errors
-    /// `vm_not_found`, `template_exists`, `denied` if the VM's own bound does not cover `allow`, `spec_invalid`, `template_mismatch` if the VM's own template has changed since, those of a
-    /// snapshot and of a build.
+    /// `vm_not_found`, `template_exists`, `denied` if the VM's own bound does not cover `allow`, `spec_invalid`,
+    /// `template_mismatch` if the VM's own template has changed since, those of a snapshot and of a build.
     pub async fn template_create(
         &self,
         name: &TemplateName,
         from: impl Into<VmRef<'_>>,
-        (bake, allow): (bool, Option<Vec<AllowEntry>>),
+        request: CaptureRequest,
         progress: &mut (dyn FnMut(BuildStep) + Send),
     ) -> Result<BuildResult> {
         let began = Instant::now();
         let from = from.into();
         let (row, from) = (self.resolve(from)?, from.name);
-        let rules = self.rules_of_new_template(&row, allow).await?;
+        let rules = self.rules_of_new_template(&row, request.allow).await?;
         {
             let _parts_stay = self.templates_shared().await?;
             let of = self.manifest(&row.spec.template)?;
@@ -167,7 +166,7 @@ impl Nido {
             }
             self.flatten(name, &row, of.with_rules(rules), progress).await?;
         }
-        if bake {
+        if request.bake {
             self.default_bakes(name, progress).await?;
         }
         let template = self.template_info(name)?;
