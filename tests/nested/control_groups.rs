@@ -2,15 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::rig::{TestHome, Vm, eventually};
 
 const ROOT: &str = "/sys/fs/cgroup";
-/// After ten seconds QEMU ends threads that have had nothing to do.
-const IDLE_THREADS_END: Duration = Duration::from_secs(12);
+/// QEMU ends threads that have had nothing to do for ten seconds.
+const IDLE_THREADS_END: Duration = Duration::from_secs(20);
 
 /// A group for VMs, with all controllers that limits need.
 struct Delegated(PathBuf);
@@ -50,6 +50,11 @@ impl Drop for Delegated {
         let removed = fs::remove_dir(&self.0);
         assert!(std::thread::panicking() || removed.is_ok(), "{removed:?}");
     }
+}
+
+/// How many threads QEMU has; `None` once it has ended.
+fn current_threads(group: &Path) -> Option<u32> {
+    fs::read_to_string(group.join("pids.current")).ok()?.trim().parse().ok()
 }
 
 fn text(group: &Path, file: &str) -> String {
@@ -121,13 +126,16 @@ fn threads_that_qemu_cannot_start_are_a_limit_hit() {
     let read = "for n in 1 2 3 4 5 6 7 8; do dd if=/dev/vda of=/dev/null bs=64k count=500 iflag=direct & done; wait";
     let hit = eventually("the limit hit", || {
         // QEMU starts a thread for each request to the disk that waits for another, unless it has one that is idle. It may end of it.
-        if let Ok(current) = fs::read_to_string(group.join("pids.current")) {
-            let _ = fs::write(group.join("pids.max"), current);
+        let threads = current_threads(&group);
+        if let Some(threads) = threads {
+            let _ = fs::write(group.join("pids.max"), threads.to_string());
             vm.sh(read).run();
         }
         let hit = vm.info()["limits_hit"].get(0).cloned();
-        if hit.is_none() {
-            std::thread::sleep(IDLE_THREADS_END);
+        // It had enough idle threads: fewer are left once one of them has ended.
+        let deadline = Instant::now() + IDLE_THREADS_END;
+        while hit.is_none() && Instant::now() < deadline && current_threads(&group) >= threads {
+            std::thread::sleep(Duration::from_millis(100));
         }
         hit
     });
