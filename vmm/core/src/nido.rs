@@ -147,13 +147,19 @@ impl Nido {
         self.context.resume_deliveries();
     }
 
-    /// Warnings about the home that was opened: a new store with VMs that it does not list.
+    /// Warnings about the home that was opened: a store that was made anew, and VMs that it does not list. They are repeated until
+    /// it lists all.
     #[must_use]
     pub fn notice(&self) -> Option<String> {
-        if !self.store().is_new() {
+        if self.store().is_complete().unwrap_or(true) {
             return None;
         }
-        let unknown = self.unknown_vms().ok().filter(|unknown| !unknown.is_empty())?;
+        let unknown = self.unknown_vms().ok()?;
+        if unknown.is_empty() {
+            // Otherwise the next command looks again.
+            let _ = self.store().set_complete();
+            return None;
+        }
         Some(lost_store(unknown.len(), self.home().root()))
     }
 

@@ -52,6 +52,8 @@ use nido_api::error::{Code, Error, Hint, Result};
 
 use self::schema::{SCHEMA_VERSION, STEPS};
 
+/// `application_id` of a store that lists all VMs of its home: "nido". 0 in a new one.
+const COMPLETE: i32 = 0x6e69_646f;
 /// How long to wait for another process that is writing.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// An open store.
@@ -60,7 +62,6 @@ pub struct Store {
     connection: Connection,
     /// Whether a delivery was queued since the last call.
     queued: Cell<bool>,
-    is_new: bool,
 }
 
 impl Store {
@@ -90,8 +91,8 @@ impl Store {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        let mut store = Self { connection, queued: Cell::new(false), is_new: false };
-        store.is_new = store.migrate()? == 0;
+        let store = Self { connection, queued: Cell::new(false) };
+        store.migrate()?;
         Ok(store)
     }
 
@@ -125,7 +126,7 @@ impl Store {
             return Err(Error::new(Code::ReadOnly, what)
                 .hint(Hint::host("make it writable once, or use the nido that wrote it")));
         }
-        Ok(Self { connection, queued: Cell::new(false), is_new: false })
+        Ok(Self { connection, queued: Cell::new(false) })
     }
 
     /// Runs a transaction. No other process writes meanwhile.
@@ -140,17 +141,29 @@ impl Store {
         Ok(done)
     }
 
-    /// Whether there was no store, or an empty file, before it was opened.
-    #[must_use]
-    pub fn is_new(&self) -> bool {
-        self.is_new
+    /// Whether the store was found to list all VMs of its home since it was made. Any process may have made it: also one in the
+    /// background, in place of a store that was lost.
+    ///
+    /// # Errors
+    /// `internal`.
+    pub fn is_complete(&self) -> Result<bool> {
+        let id = self.connection.query_row("PRAGMA application_id", [], |row| row.get::<_, i32>(0));
+        Ok(id.map_err(fault)? == COMPLETE)
     }
 
-    /// Brings the tables to this nido's version; returns the version they had.
-    fn migrate(&self) -> Result<i64> {
+    /// Records that the store lists all VMs of its home.
+    ///
+    /// # Errors
+    /// `read_only`, `disk_full`, `internal`.
+    pub fn set_complete(&self) -> Result<()> {
+        self.connection.pragma_update(None, "application_id", COMPLETE).map_err(fault)
+    }
+
+    /// Brings the tables to this nido's version.
+    fn migrate(&self) -> Result<()> {
         let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
         match version(&self.connection).map_err(fault)? {
-            SCHEMA_VERSION => return Ok(SCHEMA_VERSION),
+            SCHEMA_VERSION => return Ok(()),
             0..SCHEMA_VERSION => {}
             newer => {
                 return Err(Error::internal(format!(
@@ -168,8 +181,7 @@ impl Store {
             transaction.execute_batch(step).map_err(fault)?;
         }
         transaction.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(fault)?;
-        transaction.commit().map_err(fault)?;
-        Ok(from)
+        transaction.commit().map_err(fault)
     }
 }
 

@@ -40,16 +40,19 @@ fn a_damaged_store_is_named_with_its_path_and_a_hint() {
 }
 
 #[test]
-fn a_store_that_was_not_there_or_empty_is_new() {
+fn a_store_that_was_not_there_or_empty_is_incomplete_until_its_home_was_checked() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nido.db");
-    assert!(Store::open(&path).unwrap().is_new());
-    assert!(!Store::open(&path).unwrap().is_new());
+    let is_complete = || Store::open(&path).unwrap().is_complete().unwrap();
+    // Not only for the process that made it, which may have nobody to tell.
+    assert!(!is_complete() && !is_complete());
+    Store::open(&path).unwrap().set_complete().unwrap();
+    assert!(is_complete() && is_complete());
     for ending in ["", "-wal", "-shm"] {
         let _ = std::fs::remove_file(dir.path().join(format!("nido.db{ending}")));
     }
     std::fs::write(&path, "").unwrap();
-    assert!(Store::open(&path).unwrap().is_new());
+    assert!(!is_complete());
 }
 
 #[test]
