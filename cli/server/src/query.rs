@@ -25,6 +25,8 @@ type Pair = (String, Vec<u8>);
 const BYTES: &str = "path";
 /// The one parameter that may be given several times.
 const MANY: &str = "label";
+/// The boolean parameters, whose bare name means `true`. A name with `=` and no value is refused: it may be a script's empty variable.
+const SWITCHES: [&str; 3] = ["follow", "force", "parents"];
 
 /// The pairs of a query, in order.
 ///
@@ -33,10 +35,11 @@ const MANY: &str = "label";
 pub fn pairs(query: &str) -> Result<Vec<Pair>> {
     let parts = query.split('&').filter(|part| !part.is_empty());
     let decoded = parts.map(|part| {
-        let (name, value) = part.split_once('=').unwrap_or((part, ""));
+        let (name, value) = part.split_once('=').map_or((part, None), |(name, value)| (name, Some(value)));
         let name = String::from_utf8(percent_decoded(name)?)
             .map_err(|_| Error::new(Code::SpecInvalid, "query: the name of a parameter is not UTF-8"))?;
-        Ok((name, percent_decoded(value)?))
+        let absent = if SWITCHES.contains(&&*name) { "true" } else { "" };
+        Ok((name, percent_decoded(value.unwrap_or(absent))?))
     });
     decoded.collect()
 }
@@ -140,13 +143,13 @@ impl<S: Send + Sync> FromRequestParts<S> for LabelParams {
     }
 }
 
-/// A switch: `true`, `1` or the bare name turns it on, `false` or `0` off.
+/// A switch: `true` or `1` turns it on, `false` or `0` off.
 ///
 /// # Errors
 /// Anything else.
 pub fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<bool, D::Error> {
     match &*String::deserialize(deserializer)? {
-        "" | "1" | "true" => Ok(true),
+        "1" | "true" => Ok(true),
         "0" | "false" => Ok(false),
         _ => Err(D::Error::custom("it is neither true nor false")),
     }
@@ -238,8 +241,23 @@ mod tests {
         assert_eq!(refused("since="), "since: it is not a whole number");
         assert_eq!(refused("since=9223372036854775808"), "since: it is at most 9223372036854775807");
         assert_eq!(parse::<TestQuery>("since=9223372036854775807").unwrap().since, Some(i64::MAX.unsigned_abs()));
-        assert_eq!(refused("force=yes"), "force: it is neither true nor false");
+        // Read as `true`, an empty variable of a script deleted a running VM.
+        for query in ["force=yes", "force=", "force=&path=/a", "force=%00"] {
+            assert_eq!(refused(query), "force: it is neither true nor false", "{query}");
+        }
+        assert!(parse::<TestQuery>("force&path=/a").unwrap().force);
         assert!(refused("force=1&force=0").contains("duplicate"), "{}", refused("force=1&force=0"));
+    }
+
+    #[test]
+    fn the_switches_are_the_boolean_parameters_of_the_description() {
+        let api = serde_json::from_str::<serde_json::Value>(&crate::openapi::text()).unwrap();
+        let routes = api["paths"].as_object().unwrap().values();
+        let operations = routes.flat_map(|route| route.as_object().unwrap().values());
+        let parameters = operations.filter_map(|operation| operation["parameters"].as_array()).flatten();
+        let switches = parameters.filter(|p| p["in"] == "query" && p["schema"]["type"] == "boolean");
+        let names: std::collections::BTreeSet<_> = switches.map(|p| p["name"].as_str().unwrap()).collect();
+        assert_eq!(names, SWITCHES.into());
     }
 
     // `GET /v1/vms?status=stopped` answered with all VMs.
