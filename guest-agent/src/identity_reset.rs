@@ -27,6 +27,7 @@ use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use crate::access::SessionId;
 use crate::agent::Agent;
 use crate::etc_files::{named, replace_file};
+use crate::process_limit::ProcessLimit;
 use crate::refusal::{Refusal, fault_of};
 use crate::role::Role;
 use crate::{hostname, identity, init, network, warnings};
@@ -60,6 +61,7 @@ pub async fn reset_identity(agent: &Arc<Agent>, reset: IdentityReset, by: Sessio
             init::grow_root_in_background();
         }
     }
+    agent.scopes.process_limit().into_iter().for_each(ProcessLimit::forget);
     agent.access.replace(token, by);
     Ok(())
 }

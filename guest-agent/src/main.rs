@@ -32,6 +32,7 @@ mod network;
 mod passwd;
 mod port;
 mod power;
+mod process_limit;
 mod program;
 mod reaper;
 mod refusal;

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::process_limit::ProcessLimit;
 use crate::role::Role;
 
 /// Where control groups are.
@@ -29,6 +30,8 @@ const ROUNDS: usize = 8;
 pub struct Scopes {
     /// The group above all commands'; none where the agent leaves the machine alone.
     base: Option<PathBuf>,
+    /// How many processes all commands have together.
+    limit: Option<Arc<ProcessLimit>>,
     count: AtomicU64,
     /// A group for the next command, made after the end of the one before.
     spare: Mutex<Option<Group>>,
@@ -44,7 +47,13 @@ impl Scopes {
             Role::Service => own_group().map(|group| group.join("commands")),
             Role::Visitor => None,
         };
-        Self { base, count: AtomicU64::new(0), spare: Mutex::default(), ended: Arc::default() }
+        let limit = base.clone().map(|base| Arc::new(ProcessLimit::new(base, role == Role::Service)));
+        Self { base, limit, count: AtomicU64::new(0), spare: Mutex::default(), ended: Arc::default() }
+    }
+
+    /// The limit of processes of all commands; none where the agent leaves the machine alone.
+    pub fn process_limit(&self) -> Option<&ProcessLimit> {
+        self.limit.as_deref()
     }
 
     /// A scope for one more command.
@@ -52,7 +61,11 @@ impl Scopes {
         // Whatever manages the guest's control groups may have removed it since, because it was empty.
         let spare = self.spare().take().filter(|group| group.path.is_dir());
         let group = spare.or_else(|| self.base.as_deref().and_then(|base| self.group(base).ok()));
-        Scope { group, main: None, known: BTreeMap::new(), ended: self.ended.clone() }
+        // Set since the spare group was made; a kernel that refuses it has none of these limits.
+        if let (Some(limit), Some(group)) = (&self.limit, &group) {
+            let _ = limit.apply(&group.path);
+        }
+        Scope { group, main: None, known: BTreeMap::new(), ended: self.ended.clone(), limit: self.limit.clone() }
     }
 
     /// Makes what the next command needs ready. Blocks on the guest's files.
@@ -111,6 +124,7 @@ pub struct Scope {
     /// Processes found by ancestry, and when each was started: a number may be used again.
     known: BTreeMap<i32, u64>,
     ended: Arc<Mutex<VecDeque<PathBuf>>>,
+    limit: Option<Arc<ProcessLimit>>,
 }
 
 impl Scope {
@@ -168,8 +182,10 @@ impl Drop for Scope {
         ended.extend(self.group.take().map(|group| group.path));
         for _ in 0..ended.len().min(SWEEP) {
             let Some(path) = ended.pop_front() else { return };
-            if fs::remove_dir(&path).is_err_and(|error| error.kind() != io::ErrorKind::NotFound) {
-                ended.push_back(path);
+            let refused = self.limit.as_ref().map_or(0, |limit| limit.counted_only_in(&path));
+            match fs::remove_dir(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => ended.push_back(path),
+                _ => self.limit.iter().for_each(|limit| limit.add(refused)),
             }
         }
     }

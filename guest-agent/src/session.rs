@@ -19,7 +19,7 @@ use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
 use crate::mux_stream::{Sink, Source};
 use crate::refusal::Refusal;
 use crate::role::Role;
-use crate::{exec, files, forward, identity_reset, nested, network, warnings};
+use crate::{exec, files, forward, identity_reset, nested, network, process_limit, warnings};
 
 /// How long the host may take for its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -225,6 +225,7 @@ async fn answer_requests(
             ToGuest::SetClock(time_ns) => {
                 answer(&mut output, identity_reset::correct_clock(agent, time_ns).map(|()| ToHost::ClockSet)).await
             }
+            ToGuest::LimitProcesses(limit) => answer(&mut output, limit_processes(agent, limit)).await,
             ToGuest::StdinEof | ToGuest::Signal(_) | ToGuest::Resize(_) => Ok(()),
             ToGuest::Hello(_) | ToGuest::Entry(_) | ToGuest::EntryEnd | ToGuest::TreeEnd | ToGuest::Hole(_) => {
                 return broken(input, output, "a message that belongs to no request").await;
@@ -294,6 +295,21 @@ async fn drain(mut input: FrameReader, mut output: FrameWriter) {
     let to_end = async { while matches!(input.read(&mut bin).await, Ok(1..)) {} };
     // Late or not, the session is over.
     let _ = timeout(DRAIN_DEADLINE, to_end).await;
+}
+
+/// Puts the limit of processes in force, and reports what it has refused.
+fn limit_processes(agent: &Agent, limit: u32) -> Result<ToHost, Refusal> {
+    if limit < process_limit::MIN {
+        return Err(Refusal::new(
+            Fault::Invalid,
+            format!("the limit of processes is less than {}", process_limit::MIN),
+        ));
+    }
+    let Some(processes) = agent.scopes.process_limit() else {
+        return Err(Refusal::new(Fault::Other, "this agent does not limit processes: it does not own its machine"));
+    };
+    processes.set(limit).map_err(|error| Refusal::from_io("the limit of processes", &error))?;
+    Ok(ToHost::ProcessesRefused(processes.refused()))
 }
 
 fn pong(agent: &Agent) -> Pong {

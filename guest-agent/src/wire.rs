@@ -314,6 +314,10 @@ pub enum ToGuest {
     /// it, and close the session.
     #[n(16)]
     SetClock(#[n(0)] i64),
+    /// So many processes and threads all commands may have together, and asks how many were refused. May be repeated. Agents of
+    /// older templates do not know it, and close the session.
+    #[n(17)]
+    LimitProcesses(#[n(0)] u32),
 }
 
 /// Messages of the agent.
@@ -374,6 +378,9 @@ pub enum ToHost {
     /// The clock is right.
     #[n(16)]
     ClockSet,
+    /// The limit of processes is in force; so many were refused since the guest got its identity.
+    #[n(17)]
+    ProcessesRefused(#[n(0)] u64),
 }
 
 /// Opens a session.

@@ -38,9 +38,10 @@ const VM_FIELDS: [&str; 30] = [
 ];
 
 /// Fields that are there only where they apply.
-const OPTIONAL_FIELDS: [&str; 9] = [
+const OPTIONAL_FIELDS: [&str; 10] = [
     "allow",
     "disk_quota_bytes",
+    "max_processes",
     "host_limits",
     "limits_hit",
     "net_limits",

@@ -46,6 +46,51 @@ fn a_guest_that_fills_its_disk_quota_sees_errors_and_keeps_running() {
 }
 
 #[test]
+fn a_command_that_starts_too_many_processes_leaves_room_for_others() {
+    let home = TestHome::new();
+    let too_many = "n=0; while [ $n -lt 200 ]; do sleep 600 & n=$((n + 1)); done";
+    for flags in [&["--max-processes", "64"][..], &["--max-processes", "64", "--cold"]] {
+        let vm = home.spawn("web", &[flags, &["--net", "none"]].concat());
+        assert_eq!(vm.info()["max_processes"], 64);
+        assert!(vm.info()["limits_hit"].is_null());
+        let refused = vm.sh(too_many).run();
+        assert!(refused.code != 0 && refused.stderr.contains("fork"), "{}", refused.stderr);
+        // They still run: one command has 56 processes, and the shell was one of them.
+        let count =
+            "for p in /proc/[0-9]*; do cat $p/cmdline 2>/dev/null | tr '\\0' ' '; echo; done | grep -c '^sleep 600'";
+        assert_eq!(vm.sh(count).text(), "55");
+        vm.exec(["sh", "-c", "echo kept > /root/file && cat /root/file"]).ok();
+        let hit = eventually("the limit hit", || vm.info()["limits_hit"].get(0).cloned());
+        assert_eq!((&hit["kind"], &hit["limit"]), (&"processes".into(), &64.into()), "{hit}");
+        assert!(hit["evidence"]["refused"].as_u64().is_some_and(|refused| refused > 0), "{hit}");
+        let events = home.nido(["events", "--event", "vm.limit_hit", "--json"]).text();
+        assert!(events.contains("\"limit_hit\":{\"kind\":\"processes\",\"limit\":64"), "{events}");
+        vm.delete();
+    }
+}
+
+#[test]
+fn the_limit_of_processes_is_kept_by_copies_and_restarts() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none", "--max-processes", "32"]);
+    let refusal = "n=0; while [ $n -lt 100 ]; do sleep 1 & n=$((n + 1)); done";
+    let is_limited = |vm: &crate::rig::Vm<'_>| {
+        assert_eq!(vm.info()["max_processes"], 32);
+        assert!(vm.info()["limits_hit"].is_null(), "a hit of another VM, or of the time before");
+        assert_ne!(vm.sh(refusal).run().code, 0);
+        eventually("the limit hit", || vm.info()["limits_hit"].get(0).cloned());
+    };
+    is_limited(&vm);
+    home.nido(["fork", "web", "copy"]).ok();
+    let copy = crate::rig::Vm { home: &home, name: "copy" };
+    is_limited(&copy);
+    copy.delete();
+    vm.nido("restart", &[]).ok();
+    is_limited(&vm);
+    home.nido(["spawn", "other", "--max-processes", "15"]).problem(2, "spec_invalid");
+}
+
+#[test]
 fn a_guest_that_has_sent_its_bytes_has_no_network_until_it_is_started_again() {
     const LIMIT: u64 = 8 << 20;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -109,9 +109,9 @@ fn an_emptied_store_is_not_silently_taken_for_a_new_one() {
     lose_store(&home);
     fs::write(home.path().join("nido.db"), "").unwrap();
     // Whichever process makes the store anew: it may be one in the background, whose words nobody reads.
-    for command in [&["pool", "ls"][..], &["ls"], &["template", "ls"]] {
-        let stderr = home.nido(command).run().ok().stderr;
-        assert!(stderr.contains("1 VMs that the store"), "{command:?}: {stderr}");
+    let calls = [home.nido(["pool", "ls"]), home.nido(["ls"]), home.nido(["template", "ls"])];
+    for stderr in calls.map(|call| call.run().ok().stderr) {
+        assert!(stderr.contains("1 VMs that the store"), "{stderr}");
     }
     assert!(keep.join("disk.qcow2").exists());
     bring_store_back(&home);

@@ -26,6 +26,9 @@ pub struct VmArgs {
     /// What the VM's files on the host may have: disk, snapshots, logs [default: no quota]
     #[arg(long, value_name = "SIZE", value_parser = parse::size)]
     disk_quota: Option<u64>,
+    /// How many processes and threads all commands in the guest may have together, at least 16 [default: no limit]
+    #[arg(long, value_name = "NUMBER")]
+    max_processes: Option<u32>,
     /// Publish a port of the guest on the host's loopback; may be repeated
     #[arg(long, short, value_name = "[[HOST:]PORT:]GUEST")]
     publish: Vec<ForwardSpec>,
@@ -154,6 +157,7 @@ impl VmArgs {
             memory_mib: machine.memory_mib.unwrap_or(defaults.memory_mib),
             disk_bytes: self.disk,
             disk_quota_bytes: self.disk_quota,
+            max_processes: self.max_processes,
             net: machine.net,
             allow,
             net_limits,

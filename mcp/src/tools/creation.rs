@@ -33,11 +33,12 @@ pub const SPAWN: Tool = Tool {
 };
 
 /// Arguments of a new VM that few callers need.
-pub const UNLISTED: [&str; 12] = [
+pub const UNLISTED: [&str; 13] = [
     "disk_bytes",
     "secrets",
     "secret_env",
     "disk_quota_bytes",
+    "max_processes",
     "idle_seconds",
     "machine",
     "accel",
@@ -49,10 +50,11 @@ pub const UNLISTED: [&str; 12] = [
 ];
 
 /// The same of a VM that is not started yet: its description refers to vm_spawn for the others.
-const UNLISTED_IN_CREATE: [&str; 17] = [
+const UNLISTED_IN_CREATE: [&str; 18] = [
     "secrets",
     "secret_env",
     "disk_quota_bytes",
+    "max_processes",
     "start_timeout_seconds",
     "cpus",
     "memory_mib",

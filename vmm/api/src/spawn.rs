@@ -38,6 +38,10 @@ pub struct SpawnRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 16777216, nullable = false)]
     pub disk_quota_bytes: Option<u64>,
+    /// How many processes and threads all commands in the guest may have together. No limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16, maximum = 4194304, nullable = false)]
+    pub max_processes: Option<u32>,
     /// Network. If absent `nat`; `restricted` (or `none`) if the template or the caller's limits do not allow that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -125,6 +129,7 @@ impl SpawnRequest {
             memory_mib: self.memory_mib,
             disk_bytes: self.disk_bytes,
             disk_quota_bytes: self.disk_quota_bytes,
+            max_processes: self.max_processes,
             net: self.net.unwrap_or(default_net),
             allow,
             net_limits: self.net_limits,

@@ -85,6 +85,10 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 16777216, nullable = false)]
     pub disk_quota_bytes: Option<u64>,
+    /// How many processes and threads all commands in the guest may have together. No limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16, maximum = 4194304, nullable = false)]
+    pub max_processes: Option<u32>,
     /// Network.
     #[serde(default)]
     pub net: NetChoice,
@@ -174,6 +178,7 @@ impl VmSpec {
             memory_mib: default_memory_mib(),
             disk_bytes: None,
             disk_quota_bytes: None,
+            max_processes: None,
             net: NetChoice::default(),
             allow: Vec::new(),
             net_limits: NetLimits::default(),

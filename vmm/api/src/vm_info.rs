@@ -57,6 +57,10 @@ pub struct VmInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub disk_quota_bytes: Option<u64>,
+    /// How many processes and threads all commands in the guest may have together. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub max_processes: Option<u32>,
     /// Network.
     pub net: NetChoice,
     /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition. Absent: no rules.

@@ -32,6 +32,8 @@ struct StoredSpec {
     disk_bytes: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     disk_quota_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_processes: Option<u32>,
     #[serde(default)]
     net: NetChoice,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -164,6 +166,7 @@ impl From<VmSpec> for StoredSpec {
             memory_mib,
             disk_bytes,
             disk_quota_bytes,
+            max_processes,
             net,
             allow,
             net_limits,
@@ -191,6 +194,7 @@ impl From<VmSpec> for StoredSpec {
             memory_mib,
             disk_bytes,
             disk_quota_bytes,
+            max_processes,
             net,
             allow,
             net_limits: net_limits.into(),
@@ -222,6 +226,7 @@ impl From<StoredSpec> for VmSpec {
             memory_mib: stored.memory_mib,
             disk_bytes: stored.disk_bytes,
             disk_quota_bytes: stored.disk_quota_bytes,
+            max_processes: stored.max_processes,
             net: stored.net,
             allow: stored.allow,
             net_limits: stored.net_limits.into(),
@@ -266,6 +271,7 @@ mod tests {
             secret_env: vec!["KEY=key".parse().unwrap()],
             disk_bytes: Some(1 << 30),
             disk_quota_bytes: Some(2 << 30),
+            max_processes: Some(64),
             net_limits: NetLimits { udp: Some(7), sent_bytes: Some(1 << 40), ..NetLimits::default() },
             ..spec
         }

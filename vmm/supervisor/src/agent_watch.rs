@@ -13,7 +13,7 @@ use super::launch::RunningQemu;
 use super::loaded_guest::{has_link_to_hold, switch_link};
 use super::readiness::{AgentRoute, Readiness, reset_identity, warm};
 use super::state::Supervisor;
-use super::trust::install;
+use super::{process_limit, trust};
 
 impl Supervisor {
     /// Waits for the guest's first reply, on a task of its own.
@@ -39,6 +39,7 @@ impl Supervisor {
             .then(|| running.monitor().cloned().ok())
             .flatten();
         let certificate = self.certificate.clone().filter(|_| opens);
+        let process_limit = self.row.spec.max_processes.filter(|_| opens);
         let was_ready = self.lifecycle.is_ready();
         tokio::spawn(async move {
             let mut answer = match identity_reset {
@@ -70,7 +71,11 @@ impl Supervisor {
             };
             if let (Readiness::Yes(_), Some(certificate)) = (&answer, certificate) {
                 let route = AgentRoute { guest: guest.clone(), channel: door.clone() };
-                answer = install(&route, &certificate, was_ready, deadline).await.unwrap_or(answer);
+                answer = trust::install(&route, &certificate, was_ready, deadline).await.unwrap_or(answer);
+            }
+            if let (Readiness::Yes(_), Some(limit)) = (&answer, process_limit) {
+                let route = AgentRoute { guest: guest.clone(), channel: door.clone() };
+                answer = process_limit::install(&route, limit, was_ready, deadline).await.unwrap_or(answer);
             }
             if !opens && matches!(answer, Readiness::Yes(_)) {
                 warm(&AgentRoute { guest: guest.clone(), channel: door.clone() }, deadline).await;

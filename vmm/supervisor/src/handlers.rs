@@ -58,6 +58,7 @@ impl Supervisor {
         }
         self.apply_disk_quota(running);
         self.check_group();
+        self.check_process_limit();
         let now = Instant::now();
         if !self.lifecycle.is_resuming()
             && self.by_itself.as_mut().is_some_and(|by_itself| by_itself.is_due(now, Path::new(".")))
@@ -141,6 +142,7 @@ impl Supervisor {
             Report::Denied(denial) => self.on_denied(denial),
             Report::ByteLimit(reached) => self.on_limit_hit(super::recorded_limits::of_bytes(&reached)),
             Report::Resolved(pins) => self.keep_pins(pins),
+            Report::ProcessesRefused(count) => self.on_processes_refused(count),
             Report::Group(group) => self.on_group(*group),
             Report::SecretUsed(used) => self.on_secret_used(*used),
             Report::JobEnded(what, outcome) => {

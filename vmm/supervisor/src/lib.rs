@@ -43,6 +43,7 @@ mod old_connections;
 mod pause;
 mod pool;
 mod power_off;
+mod process_limit;
 mod qemu_sockets;
 mod qmp;
 mod readiness;

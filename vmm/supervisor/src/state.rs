@@ -32,6 +32,7 @@ use super::limits::Limits;
 use super::network;
 use super::old_connections::Ends;
 use super::pause::AutomaticResume;
+use super::process_limit::ProcessRefusals;
 use super::qemu_sockets;
 use super::readiness::{AgentRoute, Readiness};
 use super::recorded_limits::RecordedLimits;
@@ -94,6 +95,8 @@ pub(super) struct Supervisor {
     pub(super) recorded_limits: RecordedLimits,
     /// How long QEMU's files may become, once this supervisor has set it.
     pub(super) layer_limit: Option<u64>,
+    /// What the guest has refused for its limit of processes.
+    pub(super) process_refusals: ProcessRefusals,
     /// The control group that limits QEMU on the host.
     pub(super) group: Option<LimitedGroup>,
     /// The start of QEMU, or the take-over of one, until it is over.
@@ -130,6 +133,8 @@ pub(super) enum Report {
     Denied(Box<Denial>),
     /// The guest has sent or received as many bytes as it may.
     ByteLimit(ByteLimit),
+    /// How many processes the guest has refused since it started; absent if it did not say.
+    ProcessesRefused(Option<u64>),
     /// The VM has a systemd scope, which is this control group.
     Group(Box<ControlGroup>),
     /// The network is about to put a secret into a request, or has counted those that it did.
@@ -217,6 +222,7 @@ impl Supervisor {
             unwritten: UnwrittenChanges::prepare(Path::new(UNWRITTEN)),
             recorded_limits: RecordedLimits::default(),
             layer_limit: None,
+            process_refusals: ProcessRefusals::new(attach),
             group: None,
             startup: None,
             start_cancelled: false,

@@ -90,6 +90,10 @@ impl Nido {
             // Its QEMU runs already, without one.
             return Err(Error::new(Code::TemplateMismatch, "a clone of the pool has no disk quota"));
         }
+        if spec.max_processes.is_some() {
+            // Its commands are limited before it takes any.
+            return Err(Error::new(Code::TemplateMismatch, "a clone of the pool has no limit of processes"));
+        }
         if !spec.net_limits.is_empty() {
             // Its network runs already, with the usual ones.
             return Err(Error::new(Code::TemplateMismatch, "a clone of the pool has the usual limits of its network"));

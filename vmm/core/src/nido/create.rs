@@ -29,6 +29,8 @@ pub(super) const SPACE_RESERVE_BYTES: u64 = 1 << 20;
 const LABELS_MAX: usize = 64;
 /// The smallest disk quota: an empty disk and the logs fit.
 const DISK_QUOTA_MIN: u64 = 16 << 20;
+/// The least that a shell and what it starts need, and the most processes that Linux has.
+const PROCESSES: std::ops::RangeInclusive<u32> = 16..=4_194_304;
 /// Longest label key or value, in bytes.
 const LABEL_BYTES_MAX: usize = 256;
 
@@ -157,6 +159,10 @@ pub(super) fn check_spec(spec: &VmSpec) -> Result<()> {
     if spec.disk_quota_bytes.is_some_and(|quota| quota < DISK_QUOTA_MIN) {
         let rule = format!("disk_quota_bytes: at least {} MiB", DISK_QUOTA_MIN >> 20);
         return Err(Error::new(Code::SpecInvalid, rule).hint("leave it out for no quota"));
+    }
+    if spec.max_processes.is_some_and(|limit| !PROCESSES.contains(&limit)) {
+        let rule = format!("max_processes: from {} to {}", PROCESSES.start(), PROCESSES.end());
+        return Err(Error::new(Code::SpecInvalid, rule).hint("leave it out for no limit"));
     }
     for (field, limit) in [("ttl_ms", spec.ttl_ms), ("idle_ms", spec.idle_ms)] {
         if limit == Some(0) {

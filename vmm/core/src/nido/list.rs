@@ -206,6 +206,7 @@ impl Nido {
             memory_mib: row.spec.memory_mib,
             disk_bytes: row.disk_bytes,
             disk_quota_bytes: row.spec.disk_quota_bytes,
+            max_processes: row.spec.max_processes,
             net: row.spec.net,
             allow: row.spec.allow.clone(),
             net_limits: row.spec.net_limits,

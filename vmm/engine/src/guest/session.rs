@@ -134,6 +134,18 @@ impl Session {
         }
     }
 
+    /// Has the guest limit the processes of all commands together; how many it has refused since it got its identity.
+    ///
+    /// # Errors
+    /// As for [`Self::ping`]; [`GuestError::Guest`] or [`GuestError::Gone`] from an agent without this request.
+    pub async fn limit_processes(&mut self, limit: u32, deadline: Instant) -> Result<u64, GuestError> {
+        self.link.send(&ToGuest::LimitProcesses(limit)).await?;
+        match self.answer(deadline, "to limit its processes").await? {
+            ToHost::ProcessesRefused(refused) => Ok(refused),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Resets the identity of a loaded guest, over a fresh stream. `token` is the one it was saved with.
     ///
     /// # Errors

@@ -127,10 +127,11 @@ impl From<VmOrder> for VmSpec {
             memory_mib: order.memory_mib.unwrap_or(default.memory_mib),
             disk_bytes: order.disk_bytes,
             disk_quota_bytes: order.disk_quota_bytes,
+            max_processes: None,
             net: order.net,
             allow: order.allow,
             presets: order.presets,
-            // No clone is claimed for a VM with secrets, or with limits of its network.
+            // No clone is claimed for a VM with secrets, or with limits of its processes or its network.
             secrets: Vec::new(),
             net_limits: NetLimits::default(),
             secret_env: Vec::new(),
