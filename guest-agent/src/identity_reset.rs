@@ -61,7 +61,7 @@ pub async fn reset_identity(agent: &Arc<Agent>, reset: IdentityReset, by: Sessio
             init::grow_root_in_background();
         }
     }
-    agent.scopes.process_limit().into_iter().for_each(ProcessLimit::forget);
+    agent.scopes.process_limit().into_iter().for_each(ProcessLimit::reset_count);
     agent.access.replace(token, by);
     Ok(())
 }

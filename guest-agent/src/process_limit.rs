@@ -55,7 +55,7 @@ impl ProcessLimit {
                 write_limit(&entry.path(), of_one_command(limit))?;
             }
         }
-        // Written each time: whoever manages the guest's groups may have made this one anew.
+        // Written each time: the guest's init may have recreated the group.
         write_limit(&self.base, limit)?;
         self.limit.store(limit, Ordering::Relaxed);
         Ok(())
@@ -89,7 +89,7 @@ impl ProcessLimit {
     }
 
     /// The guest becomes another machine: what was refused before does not count.
-    pub fn forget(&self) {
+    pub fn reset_count(&self) {
         self.baseline.store(self.total(), Ordering::Relaxed);
     }
 
@@ -220,7 +220,7 @@ mod tests {
         fs::remove_dir_all(base.join("1-1")).unwrap();
         limit.add(only_there);
         assert_eq!(limit.refused(), 5);
-        limit.forget();
+        limit.reset_count();
         fs::write(base.join("1-0/pids.events"), "max 4\n").unwrap();
         assert_eq!(limit.refused(), 2);
         // A later kernel counts them in the group above.

@@ -108,7 +108,7 @@ fn an_emptied_store_is_not_silently_taken_for_a_new_one() {
     let keep = stopped(&home, "keep");
     lose_store(&home);
     fs::write(home.path().join("nido.db"), "").unwrap();
-    // Whichever process makes the store anew: it may be one in the background, whose words nobody reads.
+    // Not only by the process that recreates the store, which may be one in the background.
     let calls = [home.nido(["pool", "ls"]), home.nido(["ls"]), home.nido(["template", "ls"])];
     for stderr in calls.map(|call| call.run().ok().stderr) {
         assert!(stderr.contains("1 VMs that the store"), "{stderr}");

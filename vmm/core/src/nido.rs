@@ -147,7 +147,7 @@ impl Nido {
         self.context.resume_deliveries();
     }
 
-    /// Warnings about the home that was opened: a store that was made anew, and VMs that it does not list. They are repeated until
+    /// Warnings about the home that was opened: a store that was recreated, and VMs that it does not list. They are repeated until
     /// it lists all.
     #[must_use]
     pub fn notice(&self) -> Option<String> {

@@ -44,6 +44,7 @@ mod pause;
 mod pool;
 mod power_off;
 mod process_limit;
+mod process_refusals;
 mod qemu_sockets;
 mod qmp;
 mod readiness;

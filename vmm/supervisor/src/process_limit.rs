@@ -17,32 +17,9 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(20);
 /// What a hit of the limit means.
 const REFUSED: &str = "a command in the guest could not start a process: all commands have as many as they may have";
 
-/// What is known of the guest's count.
-#[derive(Debug, Default)]
-pub(super) struct ProcessRefusals {
-    /// The last count. Absent after a take-over: what happened before was recorded by the supervisor before.
-    seen: Option<u64>,
-    /// The guest has not answered the last question yet.
-    is_asked: bool,
-}
-
-impl ProcessRefusals {
-    /// Of a guest that starts, or that had a supervisor before.
-    pub(super) fn new(was_supervised: bool) -> Self {
-        Self { seen: (!was_supervised).then_some(0), is_asked: false }
-    }
-
-    /// How many were refused since the last count.
-    fn since(&mut self, count: u64) -> u64 {
-        // A guest that has booted again begins anew.
-        let before = self.seen.replace(count).unwrap_or(count);
-        count.checked_sub(before).unwrap_or(count)
-    }
-}
-
 /// Puts the limit in force. Returns why the guest is not ready if that fails; a guest that was ready before has it already.
 pub(super) async fn install(route: &AgentRoute, limit: u32, was_ready: bool, deadline: Instant) -> Option<Readiness> {
-    let error = ask(route, limit, deadline).await.err()?;
+    let error = request(route, limit, deadline).await.err()?;
     let why = match error {
         GuestError::Guest(failed) => format!("{:?}", failed.fault),
         GuestError::Gone | GuestError::Protocol(_) => {
@@ -55,7 +32,7 @@ pub(super) async fn install(route: &AgentRoute, limit: u32, was_ready: bool, dea
     (!was_ready).then_some(Readiness::NotRenewed(why))
 }
 
-async fn ask(route: &AgentRoute, limit: u32, deadline: Instant) -> Result<u64, GuestError> {
+async fn request(route: &AgentRoute, limit: u32, deadline: Instant) -> Result<u64, GuestError> {
     let mut session = Session::open(route.stream(deadline).await?, route.guest.token(), deadline).await?;
     session.limit_processes(limit, deadline).await
 }
@@ -70,7 +47,7 @@ impl Supervisor {
         self.process_refusals.is_asked = true;
         let (route, reports) = (self.agent_route(), self.reports.0.clone());
         tokio::spawn(async move {
-            let count = ask(&route, limit, Instant::now() + REPORT_TIMEOUT).await;
+            let count = request(&route, limit, Instant::now() + REPORT_TIMEOUT).await;
             let count = count.inspect_err(|error| tracing::debug!("the guest's count of processes: {error}"));
             let _ = reports.send(Report::ProcessesRefused(count.ok())).await;
         });
@@ -84,18 +61,5 @@ impl Supervisor {
             let limit = self.row.spec.max_processes.map(u64::from);
             self.on_limit_hit(LimitHit::new(LimitKind::Processes, limit, REFUSED).with("refused", refused));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_refused_is_counted_from_the_start_or_from_a_take_over() {
-        let mut started = ProcessRefusals::new(false);
-        assert_eq!([3, 3, 5, 1].map(|count| started.since(count)), [3, 0, 2, 1]);
-        let mut taken_over = ProcessRefusals::new(true);
-        assert_eq!([3, 4].map(|count| taken_over.since(count)), [0, 1]);
     }
 }

@@ -32,7 +32,7 @@ use super::limits::Limits;
 use super::network;
 use super::old_connections::Ends;
 use super::pause::AutomaticResume;
-use super::process_limit::ProcessRefusals;
+use super::process_refusals::ProcessRefusals;
 use super::qemu_sockets;
 use super::readiness::{AgentRoute, Readiness};
 use super::recorded_limits::RecordedLimits;
