@@ -244,7 +244,7 @@ async fn spawn(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
             Err(error)
         }
         Err(error) if error.code() == Code::VmExists && nido.spec(&name).is_ok_and(|there| there == spec) => {
-            existing(call, &name, start, error).await
+            Box::pin(existing(call, &name, start, error)).await
         }
         // It was removed: the error's hint must not refer to it.
         Err(error) if begun.id().is_some() && error.code() != Code::VmExists => {
