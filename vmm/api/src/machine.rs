@@ -116,6 +116,10 @@ impl Layer {
     }
 }
 
+/// The name of the layer that gives a QEMU which root starts a user of its own. It is no [`Layer`]: earlier versions could not read
+/// the record of a machine that lists another one.
+pub const OWN_USER: &str = "own-user";
+
 /// A machine, decided in every respect that QEMU's command line shows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -140,6 +144,9 @@ pub struct Machine {
     /// The layers that confine QEMU's process.
     #[serde(default)]
     pub confinement: Vec<Layer>,
+    /// QEMU has a user of its own; only if root starts it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own_user: bool,
     /// What the host limits, as the kernel reported it after the start.
     #[serde(default, skip_serializing_if = "HostLimits::is_empty")]
     pub host_limits: HostLimits,
@@ -147,4 +154,13 @@ pub struct Machine {
     pub reason: String,
     /// Warnings for the user.
     pub warnings: Vec<String>,
+}
+
+impl Machine {
+    /// The names of the layers that confine QEMU's process.
+    #[must_use]
+    pub fn confinement_names(&self) -> Vec<String> {
+        let own_user = self.own_user.then_some(OWN_USER);
+        self.confinement.iter().map(|layer| layer.name()).chain(own_user).map(Into::into).collect()
+    }
 }

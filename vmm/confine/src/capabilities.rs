@@ -13,6 +13,15 @@ struct Header {
     pid: libc::c_int,
 }
 
+/// Empties the bounding set of this thread, as far as it is allowed to. For a child between fork and exec: makes system calls only.
+pub fn drop_bounding() {
+    for capability in 0..CAPABILITIES_MAX {
+        // Refused to those that have none, and for numbers that are unknown.
+        // SAFETY: a plain system call.
+        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+    }
+}
+
 /// Drops all capabilities of this thread permanently. For a child between fork and exec: makes system calls only.
 ///
 /// # Errors
@@ -20,12 +29,9 @@ struct Header {
 pub fn drop_all() -> io::Result<()> {
     let header = Header { version: VERSION, pid: 0 };
     let none = [0_u32; 6];
+    drop_bounding();
     // SAFETY: plain system calls on values of this frame.
     unsafe {
-        for capability in 0..CAPABILITIES_MAX {
-            // Refused to those that have none, and for numbers that are unknown.
-            libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
-        }
         libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
         if libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) == -1 {
             return Err(io::Error::last_os_error());

@@ -3,12 +3,13 @@
 //!
 //! ```text
 //!  parent   Needs --plan--> Plan --prepare--> Confinement         everything that allocates
-//!  child    fork -> namespaces -> no capabilities -> Landlock -> seccomp -> exec
+//!  child    fork -> namespaces -> own user -> no capabilities -> Landlock -> seccomp -> exec
 //! ```
 //!
 //! | layer           | what it takes away                                       | needs                              |
 //! |-----------------|----------------------------------------------------------|------------------------------------|
 //! | namespaces      | files, sockets and networks of the host                  | user namespaces                    |
+//! | own-user        | what belongs to root, for a QEMU that root starts        | root, CAP_SYS_ADMIN, namespaces    |
 //! | no-capabilities | root's rights, also those that a program would gain      | nothing                            |
 //! | landlock        | files, TCP, signals and abstract sockets, as it knows    | Linux 5.13; signals from 6.12      |
 //! | seccomp         | system calls: sockets but local ones, mounts, tracing    | nothing                            |
@@ -27,6 +28,7 @@ use std::path::Path;
 pub mod capabilities;
 pub mod helper;
 pub mod landlock;
+pub mod own_user;
 pub mod plan;
 pub mod private_root;
 pub mod seccomp;
@@ -45,6 +47,7 @@ pub struct Confinement {
     root: Option<PrivateRoot>,
     ruleset: Option<Ruleset>,
     filter: Option<Filter>,
+    user: Option<u32>,
     drops_capabilities: bool,
 }
 
@@ -74,12 +77,25 @@ pub enum Step {
     Landlock,
     /// The filter of system calls.
     Seccomp,
+    /// The device nodes for a user of its own.
+    Devices,
+    /// The change to a user of its own.
+    OwnUser,
 }
 
 impl Step {
     /// All steps.
-    pub const ALL: [Self; 7] =
-        [Self::Unshare, Self::MapUser, Self::Mount, Self::PivotRoot, Self::Capabilities, Self::Landlock, Self::Seccomp];
+    pub const ALL: [Self; 9] = [
+        Self::Unshare,
+        Self::MapUser,
+        Self::Mount,
+        Self::PivotRoot,
+        Self::Capabilities,
+        Self::Landlock,
+        Self::Seccomp,
+        Self::Devices,
+        Self::OwnUser,
+    ];
 
     /// Its name, for messages.
     #[must_use]
@@ -92,6 +108,8 @@ impl Step {
             Self::Capabilities => c"capabilities cannot be dropped",
             Self::Landlock => c"Landlock cannot be put in force",
             Self::Seccomp => c"the filter of system calls cannot be installed",
+            Self::Devices => c"device nodes for its own user cannot be made",
+            Self::OwnUser => c"it cannot change to its own user",
         }
     }
 
@@ -132,13 +150,26 @@ impl Confinement {
     ///
     /// # Errors
     /// A required path does not exist, or the kernel has no Landlock although that is wanted.
-    pub fn prepare(mut plan: Plan, layers: &[Layer]) -> io::Result<Self> {
+    pub fn prepare(plan: Plan, layers: &[Layer]) -> io::Result<Self> {
+        Self::prepare_as(plan, layers, None)
+    }
+
+    /// The same for a program that root starts as another user, in namespaces that root makes with its own rights. That user must
+    /// be able to use the plan's files.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`]; a user without namespaces: files below a private directory are not reached by path.
+    pub fn prepare_as(mut plan: Plan, layers: &[Layer], user: Option<u32>) -> io::Result<Self> {
+        if user.is_some() && !layers.contains(&Layer::Namespaces) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a user of its own needs namespaces"));
+        }
         plan.entries.retain(|entry| entry.is_required || entry.path.exists());
         let wants = |layer| layers.contains(&layer);
         Ok(Self {
-            root: wants(Layer::Namespaces).then(|| PrivateRoot::new(&plan)).transpose()?,
+            root: wants(Layer::Namespaces).then(|| PrivateRoot::new(&plan, user)).transpose()?,
             ruleset: wants(Layer::Landlock).then(|| ruleset(&plan)).transpose()?,
             filter: wants(Layer::Seccomp).then(Filter::new),
+            user,
             drops_capabilities: wants(Layer::NoCapabilities),
         })
     }
@@ -153,7 +184,14 @@ impl Confinement {
             allow_self(ruleset).map_err(|e| Step::Landlock.failed(&e))?;
         }
         if let Some(root) = &mut self.root {
-            root.enter()?;
+            root.enter(self.ruleset.as_ref())?;
+        }
+        if let Some(user) = self.user {
+            // Only root can empty the bounding set.
+            if self.drops_capabilities {
+                capabilities::drop_bounding();
+            }
+            own_user::change_to(user)?;
         }
         if self.drops_capabilities {
             capabilities::drop_all().map_err(|e| Step::Capabilities.failed(&e))?;

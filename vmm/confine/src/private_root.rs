@@ -1,14 +1,17 @@
 //! Namespaces of QEMU's own: of users, networks, System V objects and mounts, with a root directory that holds nothing but the
 //! paths of its plan.
 //!
-//! The user is mapped to itself, so that files, sockets and credentials show the same user on both sides.
+//! A program that root starts as another user enters them with root's rights, without a namespace of users: in that one, its user
+//! could not be any other than root. Otherwise the user is mapped to itself, so that files, sockets and credentials show the same user on both sides.
 
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
+use super::landlock::Ruleset;
 use super::plan::{Access, Plan, SELF};
 use super::{Failure, Step, checked};
 
@@ -29,7 +32,8 @@ const OPEN_TREE_CLONE: libc::c_int = 1;
 const MOVE_FROM_DESCRIPTOR: libc::c_int = 4;
 const RECURSIVE: libc::c_int = 0x8000;
 const ROOT_OPTIONS: &CStr = c"mode=0755,size=1m";
-const NEW: libc::c_int = libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC;
+const NODES_OPTIONS: &CStr = c"mode=0700,size=64k";
+const NEW: libc::c_int = libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC;
 
 /// One path of the new root.
 #[derive(Debug)]
@@ -42,7 +46,17 @@ struct Bind {
     target: CString,
     is_directory: bool,
     attributes: u64,
+    /// A device that its user could not open: a node of the same number is made.
+    node: Option<Node>,
     tree: RawFd,
+}
+
+/// A node for a device.
+#[derive(Debug)]
+struct Node {
+    name: CString,
+    device: libc::dev_t,
+    owner: u32,
 }
 
 /// Everything that is needed to enter the namespaces.
@@ -50,8 +64,8 @@ struct Bind {
 pub struct PrivateRoot {
     binds: Vec<Bind>,
     directory: CString,
-    user_map: CString,
-    group_map: CString,
+    /// Of users and groups; `None` for a program that root starts as another user.
+    maps: Option<(CString, CString)>,
 }
 
 impl PrivateRoot {
@@ -59,34 +73,41 @@ impl PrivateRoot {
     ///
     /// # Errors
     /// A path has a zero in it.
-    pub fn new(plan: &Plan) -> io::Result<Self> {
-        let binds = plan.entries.iter().map(|entry| bind(&entry.path, entry.access)).collect::<io::Result<_>>()?;
+    pub fn new(plan: &Plan, user: Option<u32>) -> io::Result<Self> {
+        let mut binds =
+            plan.entries.iter().map(|entry| bind(&entry.path, entry.access)).collect::<io::Result<Vec<_>>>()?;
+        if let Some(user) = user {
+            for (entry, bind) in plan.entries.iter().zip(&mut binds).filter(|(entry, _)| entry.access == Access::Device)
+            {
+                bind.node = node(&entry.path, user)?;
+            }
+        }
         let map = |id: u32| CString::new(format!("{id} {id} 1"));
         Ok(Self {
             binds,
             directory: text(&plan.directory)?,
-            user_map: map(rustix::process::geteuid().as_raw())?,
-            group_map: map(rustix::process::getegid().as_raw())?,
+            maps: match user {
+                Some(_) => None,
+                None => Some((map(rustix::process::geteuid().as_raw())?, map(rustix::process::getegid().as_raw())?)),
+            },
         })
     }
 
-    /// Enters new namespaces. The working directory is that of the plan then. For a child between fork and exec.
+    /// Enters new namespaces, and allows the devices that it makes in `ruleset`. The working directory is that of the plan then. For a child between fork and exec.
     ///
     /// # Errors
     /// The host does not allow that; in which step.
-    pub fn enter(&mut self) -> Result<(), Failure> {
+    pub fn enter(&mut self, ruleset: Option<&Ruleset>) -> Result<(), Failure> {
         // SAFETY: plain system calls on values that live as long as this call.
         unsafe {
-            checked(Step::Unshare, libc::unshare(NEW).into())?;
-            write(c"/proc/self/setgroups", c"deny").map_err(|e| Step::MapUser.failed(&e))?;
-            write(c"/proc/self/uid_map", &self.user_map).map_err(|e| Step::MapUser.failed(&e))?;
-            write(c"/proc/self/gid_map", &self.group_map).map_err(|e| Step::MapUser.failed(&e))?;
+            self.unshare()?;
             let private = libc::MS_REC | libc::MS_PRIVATE;
             let nothing = std::ptr::null();
             checked(Step::Mount, libc::mount(nothing, c"/".as_ptr(), nothing, private, nothing.cast()).into())?;
-            for bind in &mut self.binds {
+            for bind in self.binds.iter_mut().filter(|bind| bind.node.is_none()) {
                 bind.clone_tree()?;
             }
+            self.make_nodes(ruleset)?;
             // Any directory would do to put the new root on, and this one exists.
             let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
             let (name, place) = (c"tmpfs".as_ptr(), self.directory.as_ptr());
@@ -105,9 +126,60 @@ impl PrivateRoot {
         }
         Ok(())
     }
+
+    fn unshare(&self) -> Result<(), Failure> {
+        let users = if self.maps.is_some() { libc::CLONE_NEWUSER } else { 0 };
+        // SAFETY: a plain system call.
+        checked(Step::Unshare, unsafe { libc::unshare(NEW | users) }.into())?;
+        if let Some((users, groups)) = &self.maps {
+            write(c"/proc/self/setgroups", c"deny").map_err(|e| Step::MapUser.failed(&e))?;
+            write(c"/proc/self/uid_map", users).map_err(|e| Step::MapUser.failed(&e))?;
+            write(c"/proc/self/gid_map", groups).map_err(|e| Step::MapUser.failed(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the device nodes, on a file system that nothing but their mounts keeps.
+    unsafe fn make_nodes(&mut self, ruleset: Option<&Ruleset>) -> Result<(), Failure> {
+        if self.binds.iter().all(|bind| bind.node.is_none()) {
+            return Ok(());
+        }
+        // SAFETY: plain system calls on texts of this value, and descriptors that are closed once.
+        unsafe {
+            let (name, place) = (c"tmpfs".as_ptr(), self.directory.as_ptr());
+            let flags = libc::MS_NOSUID | libc::MS_NOEXEC;
+            checked(Step::Devices, libc::mount(name, place, name, flags, NODES_OPTIONS.as_ptr().cast()).into())?;
+            let nodes = libc::open(place, libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC);
+            checked(Step::Devices, nodes.into())?;
+            for bind in &mut self.binds {
+                bind.make_node(nodes, ruleset)?;
+            }
+            libc::close(nodes);
+            checked(Step::Devices, libc::umount2(place, libc::MNT_DETACH).into())
+        }
+    }
 }
 
 impl Bind {
+    unsafe fn make_node(&mut self, nodes: RawFd, ruleset: Option<&Ruleset>) -> Result<(), Failure> {
+        let Some(node) = &self.node else { return Ok(()) };
+        let name = node.name.as_ptr();
+        let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC;
+        // SAFETY: plain system calls on texts of this value.
+        unsafe {
+            checked(Step::Devices, libc::mknodat(nodes, name, libc::S_IFCHR | 0o600, node.device).into())?;
+            let owned = libc::fchownat(nodes, name, node.owner, node.owner, libc::AT_SYMLINK_NOFOLLOW);
+            checked(Step::Devices, owned.into())?;
+            let tree = libc::syscall(libc::SYS_open_tree, nodes, name, flags);
+            checked(Step::Devices, tree)?;
+            self.tree = RawFd::try_from(tree).unwrap_or(-1);
+        }
+        if let Some(ruleset) = ruleset {
+            ruleset.allow(self.tree, false, Access::Device).map_err(|e| Step::Landlock.failed(&e))?;
+        }
+        set_attributes(self.tree, c"", libc::AT_EMPTY_PATH, self.attributes)
+    }
+
     unsafe fn clone_tree(&mut self) -> Result<(), Failure> {
         let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC | RECURSIVE;
         // SAFETY: a plain system call on a text of this value.
@@ -154,7 +226,18 @@ fn bind(path: &Path, access: Access) -> io::Result<Bind> {
     };
     // The C library may read random numbers from a device.
     let attributes = if path.starts_with("/dev") { attributes & !NO_DEVICES } else { attributes } | NO_SETUID;
-    Ok(Bind { path: text(path)?, directories, target: text(relative)?, is_directory, attributes, tree: -1 })
+    Ok(Bind { path: text(path)?, directories, target: text(relative)?, is_directory, attributes, node: None, tree: -1 })
+}
+
+/// The node that a user needs for a device; `None` if everybody can open the host's.
+fn node(path: &Path, owner: u32) -> io::Result<Option<Node>> {
+    const ALL_READ_AND_WRITE: u32 = 0o006;
+    let device = std::fs::metadata(path)?;
+    if !device.file_type().is_char_device() || device.mode() & ALL_READ_AND_WRITE == ALL_READ_AND_WRITE {
+        return Ok(None);
+    }
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(Some(Node { name: text(Path::new(name))?, device: device.rdev(), owner }))
 }
 
 fn text(path: &Path) -> io::Result<CString> {

@@ -11,7 +11,7 @@
 use nido_api::{AccelChoice, HostLimits, MachineChoice, NetChoice};
 
 use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
-use crate::host::{HostFacts, KvmVerdict, Nesting, VsockVerdict};
+use crate::host::{HostFacts, KvmVerdict, Nesting, OwnUser, VsockVerdict};
 pub use nido_api::machine::{Accel, Machine, MachineType, Transport};
 
 /// The least memory a VM can be given, in MiB: with 64 a stock Debian kernel ends in "System is deadlocked on memory",
@@ -160,6 +160,7 @@ pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> R
         tb_size_mib: (accel == Accel::Tcg).then(|| tb_size_mib(request.memory_mib, request.nested)),
         tsc_khz,
         confinement: host.confinement.layers(),
+        own_user: host.confinement.own_user == OwnUser::Available,
         host_limits: HostLimits::default(),
         reason: format!("{machine_reason}; {accel_reason}"),
         warnings,

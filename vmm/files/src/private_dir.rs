@@ -67,12 +67,19 @@ pub fn give_owner_rights(path: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(meta.mode() & 0o7777 | 0o700))
 }
 
-/// Makes a socket that was just bound its owner's alone (0600), whatever the umask of this process.
+/// The mode of a directory in which a QEMU with a user of its own makes sockets. Its group is that user's, and what is made there
+/// gets it, too; a file can be replaced or removed only by its owner and by the directory's.
+pub const SHARED_WITH_GROUP: u32 = 0o3770;
+
+/// Makes a socket that was just bound its owner's alone (0600), whatever the umask of this process; in a directory that is
+/// [`SHARED_WITH_GROUP`], its group's, too (0660).
 ///
 /// # Errors
 /// Of the file system.
 pub fn make_socket_private(path: &Path) -> std::io::Result<()> {
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let is_shared = std::fs::metadata(parent)?.mode() & 0o7777 == SHARED_WITH_GROUP;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(if is_shared { 0o660 } else { 0o600 }))
 }
 
 /// Removes what is left of a socket, so that its path can be bound again.
@@ -89,6 +96,19 @@ pub fn remove_socket(path: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_is_its_groups_only_in_a_directory_that_is_shared() {
+        let root = tempfile::tempdir().unwrap();
+        for (of_directory, of_socket) in [(0o700, 0o600), (0o770, 0o600), (0o2770, 0o600), (SHARED_WITH_GROUP, 0o660)] {
+            std::fs::set_permissions(root.path(), std::fs::Permissions::from_mode(of_directory)).unwrap();
+            let path = root.path().join("a.sock");
+            remove_socket(&path).unwrap();
+            let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+            make_socket_private(&path).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, of_socket, "{of_directory:o}");
+        }
+    }
 
     // A socket that could not be removed was "address in use" when its path was bound.
     #[test]

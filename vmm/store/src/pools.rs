@@ -227,6 +227,7 @@ mod tests {
             tsc_khz: None,
             reason: String::new(),
             confinement: Vec::new(),
+            own_user: false,
             host_limits: Default::default(),
             warnings: Vec::new(),
         }

@@ -1,7 +1,7 @@
 //! Starting QEMU for a VM, and finding the QEMU of one that lost its supervisor.
 
-use std::fs::{OpenOptions, Permissions};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -11,7 +11,8 @@ use nido_api::sanitize::on_one_line;
 use nido_engine::confine::{self, Confinement};
 use nido_engine::disk_quota::DiskUsage;
 use nido_engine::home::{
-    CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK,
+    CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, NETWORK_QEMU_SOCKET, QEMU_LOG, QMP_SOCKET,
+    VM_LOCK,
 };
 use nido_engine::host::{self, QemuFacts};
 use nido_engine::machine::Machine;
@@ -22,6 +23,8 @@ use nido_files::private_dir::remove_socket;
 use nido_store::{Origin, Purpose, VmRow};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
+
+use super::qemu_files;
 
 /// How long QEMU may take until its monitor answers.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(30);
@@ -195,14 +198,17 @@ fn spawn(
     check_parts(home, row, bases.into_iter().chain(image))?;
     let broken = |e| Error::io("cannot prepare QEMU", e);
     if let Some(image) = image.filter(|_| !qemu.memory_file_rom) {
-        make_writable(&home.blob(image)).map_err(broken)?;
+        qemu_files::make_writable(&home.blob(image)).map_err(broken)?;
     }
     // First of all: while a QEMU of this VM runs, its logs and its monitor's socket are its own.
     let lock = HeldLock::try_take(Path::new(VM_LOCK))
         .map_err(broken)?
         .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
     nido_files::failpoint!("launch.locked");
-    remove_socket(Path::new(QMP_SOCKET)).map_err(broken)?;
+    // Those that QEMU binds; one that root's QEMU has left could not be replaced by another user's.
+    for socket in [QMP_SOCKET, NETWORK_QEMU_SOCKET] {
+        remove_socket(Path::new(socket)).map_err(broken)?;
+    }
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(QEMU_LOG).map_err(broken)?;
     // The last run's words are not this one's: they would be taken for the reason of its end.
     log.set_len(0).map_err(broken)?;
@@ -214,8 +220,8 @@ fn spawn(
     let file_bytes = quota.map(|quota| layer_limit(home, row, quota)).transpose()?;
     let args = flatten(parts(machine, &files));
     let program = qemu.path.as_path();
-    let confinement = confinement(machine, &files, program)?;
-    tracing::info!(program = %program.display(), ?args, confinement = ?machine.confinement, "starting QEMU");
+    let confinement = confinement(row, machine, &files, program)?;
+    tracing::info!(program = %program.display(), ?args, confinement = ?machine.confinement_names(), "starting QEMU");
     let vm_dir = Path::new(".");
     let launch =
         process::Launch { program, args: &args, vm_dir, log, lock: lock.file(), confinement, file_bytes, group };
@@ -259,24 +265,15 @@ fn layer_limit(home: &Home, row: &VmRow, quota: u64) -> Result<u64> {
 }
 
 /// Prepares what QEMU may do on the host: what was decided with the machine. The working directory is the VM's.
-fn confinement(machine: &Machine, files: &Files, program: &Path) -> Result<Option<Confinement>> {
+fn confinement(row: &VmRow, machine: &Machine, files: &Files, program: &Path) -> Result<Option<Confinement>> {
     let broken = |e| Error::io("cannot confine QEMU", e);
     let needs = needs(machine, files, program, &std::env::current_dir().map_err(broken)?);
     if nido_files::failpoint::ENABLED && needs.is_script {
         return Ok(None);
     }
-    Confinement::prepare(confine::plan::plan(&needs), &machine.confinement).map(Some).map_err(broken)
-}
-
-/// Lets QEMU before 8.2 open the memory of a warm image, which it does for writing although it maps it privately. Earlier versions of
-/// nido made it read-only for root, whose QEMU has no capability any more to open it all the same.
-fn make_writable(image: &Path) -> std::io::Result<()> {
-    const OWNER_WRITES: u32 = 0o200;
-    let mode = std::fs::metadata(image)?.permissions().mode();
-    if mode & OWNER_WRITES == 0 {
-        std::fs::set_permissions(image, Permissions::from_mode(mode | OWNER_WRITES))?;
-    }
-    Ok(())
+    let user = machine.own_user.then(|| confine::own_user::id_of(&row.id));
+    qemu_files::prepare(&needs, user).map_err(broken)?;
+    Confinement::prepare_as(confine::plan::plan(&needs), &machine.confinement, user).map(Some).map_err(broken)
 }
 
 /// Finds the QEMU behind the VM's monitor; its connection is returned if it replies. The working directory is the VM's.
@@ -287,23 +284,4 @@ pub(super) async fn attach(handle: &QemuHandle) -> Result<Option<Connection>> {
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
     let _ = handle.0.set(process);
     Ok(Monitor::negotiate(stream).await.inspect_err(|error| tracing::error!("{}", lost(error.to_string()))).ok())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_image_that_is_read_only_becomes_writable_for_its_owner() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("memory");
-        std::fs::write(&image, b"memory").unwrap();
-        let mode = || std::fs::metadata(&image).unwrap().permissions().mode() & 0o777;
-        std::fs::set_permissions(&image, Permissions::from_mode(0o400)).unwrap();
-        make_writable(&image).unwrap();
-        assert_eq!(mode(), 0o600);
-        std::fs::set_permissions(&image, Permissions::from_mode(0o644)).unwrap();
-        make_writable(&image).unwrap();
-        assert_eq!(mode(), 0o644);
-    }
 }

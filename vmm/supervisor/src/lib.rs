@@ -45,6 +45,7 @@ mod pool;
 mod power_off;
 mod process_limit;
 mod process_refusals;
+mod qemu_files;
 mod qemu_sockets;
 mod qmp;
 mod readiness;

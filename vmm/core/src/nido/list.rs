@@ -8,6 +8,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use nido_api::egress::NetworkInfo;
 use nido_api::error::Result;
+use nido_api::machine::Machine;
 use nido_api::name::{SnapshotName, TemplateName, VmName};
 use nido_api::state::{Admission, Request as StateRequest, StateCause, VmState, admit};
 use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmRef, VmSpec, moment};
@@ -197,9 +198,7 @@ impl Nido {
             machine_reason: machine.map(|m| m.reason.clone()),
             accel: machine.map(|m| m.accel.name().into()),
             isolation: machine.map(|m| m.accel.isolation().into()),
-            confinement: machine
-                .map(|m| m.confinement.iter().map(|layer| layer.name().into()).collect())
-                .unwrap_or_default(),
+            confinement: machine.map(Machine::confinement_names).unwrap_or_default(),
             host_limits: machine.map(|m| m.host_limits.clone()).unwrap_or_default(),
             nested: row.spec.nested,
             cpus: row.spec.cpus,

@@ -257,6 +257,8 @@ impl Nido {
         let support = tokio::task::spawn_blocking(move || nido_engine::host::confinement::probe(&cache))
             .await
             .map_err(|e| Error::internal(format!("the host could not be checked: {e}")))?;
+        // A helper reads files of this user, so it has this user.
+        let support = support.of_helpers();
         if let (true, Some(missing)) = (is_required, support.shortfall()) {
             return Err(Refusal::ConfinementRequired { missing }.into());
         }

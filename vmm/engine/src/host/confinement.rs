@@ -9,10 +9,12 @@ use std::fs;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 
+use nido_api::machine::OWN_USER;
 use nido_files::private_dir::make_private_dir;
 use serde::{Deserialize, Serialize};
 
 use super::cache;
+pub use super::own_user::OwnUser;
 use crate::confine::{Confinement, Layer, Needs, Step, landlock, plan, seccomp};
 
 const CACHE_NAME: &str = "confinement.json";
@@ -33,24 +35,42 @@ pub struct ConfinementSupport {
     pub landlock: u32,
     /// Whether system calls can be filtered.
     pub seccomp: bool,
+    /// Whether a QEMU that this user starts can have a user of its own.
+    #[serde(default)]
+    pub own_user: OwnUser,
 }
 
 impl ConfinementSupport {
     /// Everything that is known today, for tests.
     #[must_use]
     pub const fn full() -> Self {
-        Self { namespaces_trouble: None, landlock: 7, seccomp: true }
+        Self { namespaces_trouble: None, landlock: 7, seccomp: true, own_user: OwnUser::NotRoot }
     }
 
-    /// The layers that can be put in force.
+    /// The layers that can be put in force for QEMU. A user of its own is none of them: see [`Self::own_user`].
     #[must_use]
     pub fn layers(&self) -> Vec<Layer> {
         Layer::ALL.into_iter().filter(|layer| self.trouble(*layer).is_none()).collect()
     }
 
+    /// The layers that can be put in force for a helper program, which has this user.
+    #[must_use]
+    pub fn of_helpers(&self) -> Self {
+        Self { own_user: OwnUser::NotRoot, ..self.clone() }
+    }
+
+    /// The names of what can be put in force for QEMU.
+    #[must_use]
+    pub fn names(&self) -> Vec<&'static str> {
+        let own_user = (self.own_user == OwnUser::Available).then_some(OWN_USER);
+        self.layers().into_iter().map(Layer::name).chain(own_user).collect()
+    }
+
     /// Why a layer cannot be put in force.
     fn trouble(&self, layer: Layer) -> Option<String> {
         match layer {
+            // They are made with root's rights, without a namespace of users.
+            Layer::Namespaces if self.own_user == OwnUser::Available => None,
             Layer::Namespaces => self.namespaces_trouble.clone(),
             Layer::Landlock => (self.landlock == 0).then(|| "the kernel has no Landlock, or it is off".into()),
             Layer::Seccomp => (!self.seccomp).then(|| "the kernel cannot filter system calls".into()),
@@ -62,7 +82,11 @@ impl ConfinementSupport {
     #[must_use]
     pub fn shortfall(&self) -> Option<String> {
         let missing = Layer::ALL.into_iter().filter_map(|layer| Some((layer.name(), self.trouble(layer)?)));
-        let missing: Vec<_> = missing.map(|(name, why)| format!("{name} ({why})")).collect();
+        let own_user = match &self.own_user {
+            OwnUser::Unavailable(why) => Some((OWN_USER, why.clone())),
+            OwnUser::NotRoot | OwnUser::Available => None,
+        };
+        let missing: Vec<_> = missing.chain(own_user).map(|(name, why)| format!("{name} ({why})")).collect();
         (!missing.is_empty()).then(|| missing.join(", "))
     }
 
@@ -75,7 +99,7 @@ impl ConfinementSupport {
 
 /// What the verdict on namespaces depends on.
 #[derive(PartialEq, Serialize, Deserialize)]
-struct CacheKey {
+pub(super) struct CacheKey {
     boot_id: String,
     uid: u32,
     /// The user namespace of this process.
@@ -97,15 +121,21 @@ pub fn probe(cache_dir: &Path) -> ConfinementSupport {
             trouble
         }),
     };
-    ConfinementSupport { namespaces_trouble, landlock: landlock::version(), seccomp: seccomp::is_available() }
+    ConfinementSupport {
+        namespaces_trouble,
+        landlock: landlock::version(),
+        seccomp: seccomp::is_available(),
+        own_user: super::own_user::probe(cache_dir),
+    }
 }
 
 /// Removes the cached verdict: after a confinement failed that it allowed.
 pub fn invalidate(cache_dir: &Path) {
     cache::invalidate(cache_dir, CACHE_NAME);
+    super::own_user::invalidate(cache_dir);
 }
 
-fn cache_key() -> Option<CacheKey> {
+pub(super) fn cache_key() -> Option<CacheKey> {
     let switch = |path: &&str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     Some(CacheKey {
         boot_id: super::boot::boot_id()?,
@@ -116,11 +146,11 @@ fn cache_key() -> Option<CacheKey> {
 }
 
 /// What an attempt to enter namespaces has shown.
-struct Attempt {
+pub(super) struct Attempt {
     /// Why no process of this user can have namespaces of its own; `None` if it can.
-    trouble: Option<String>,
+    pub trouble: Option<String>,
     /// The host allows or forbids it. Otherwise the system was short of something, which passes.
-    is_proof: bool,
+    pub is_proof: bool,
 }
 
 /// Whether an error says that the host forbids namespaces or does not have what they need.
@@ -135,6 +165,11 @@ fn try_namespaces(directory: &Path) -> Attempt {
         let plan = plan::plan(&Needs { program, own: vec![directory.clone()], directory, ..Needs::default() });
         in_a_child(&mut Confinement::prepare(plan, &[Layer::Namespaces, Layer::NoCapabilities])?)
     });
+    judge(result)
+}
+
+/// What the result of [`in_a_child`] shows.
+pub(super) fn judge(result: std::io::Result<Option<(Step, std::io::Error)>>) -> Attempt {
     match result {
         Ok(None) => Attempt { trouble: None, is_proof: true },
         Ok(Some((step, error))) => {
@@ -146,7 +181,7 @@ fn try_namespaces(directory: &Path) -> Attempt {
 }
 
 /// Enters a confinement in a child that ends then. Returns what failed there.
-fn in_a_child(confinement: &mut Confinement) -> std::io::Result<Option<(Step, std::io::Error)>> {
+pub(super) fn in_a_child(confinement: &mut Confinement) -> std::io::Result<Option<(Step, std::io::Error)>> {
     let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     // SAFETY: the child makes system calls only, and ends without running anything of this program's.
     let pid = unsafe {
@@ -189,12 +224,30 @@ mod tests {
             (ConfinementSupport::full().layers(), ConfinementSupport::full().warning()),
             (Layer::ALL.into(), None)
         );
-        let less = ConfinementSupport { namespaces_trouble: Some("no".into()), landlock: 0, seccomp: true };
+        let less =
+            ConfinementSupport { namespaces_trouble: Some("no".into()), landlock: 0, ..ConfinementSupport::full() };
         assert_eq!(less.layers(), [Layer::Seccomp, Layer::NoCapabilities]);
         assert_eq!(
             less.warning().unwrap(),
             "QEMU's process is confined without namespaces (no), landlock (the kernel has no Landlock, or it is off)"
         );
+    }
+
+    #[test]
+    fn a_user_of_its_own_is_missed_only_for_root() {
+        let of = |own_user| ConfinementSupport {
+            namespaces_trouble: Some("no".into()),
+            own_user,
+            ..ConfinementSupport::full()
+        };
+        assert_eq!(of(OwnUser::NotRoot).shortfall().unwrap(), "namespaces (no)");
+        assert_eq!(of(OwnUser::Unavailable("why".into())).shortfall().unwrap(), "namespaces (no), own-user (why)");
+        let root = of(OwnUser::Available);
+        assert_eq!((root.shortfall(), root.names().last()), (None, Some(&OWN_USER)));
+        assert_eq!(root.of_helpers().shortfall().unwrap(), "namespaces (no)");
+        let earlier: ConfinementSupport =
+            serde_json::from_str(r#"{"namespaces_trouble":null,"landlock":7,"seccomp":true}"#).unwrap();
+        assert_eq!(earlier, ConfinementSupport::full());
     }
 
     #[test]

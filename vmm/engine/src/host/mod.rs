@@ -16,13 +16,14 @@ pub mod kvm;
 mod kvm_features;
 mod kvm_vcpu;
 pub mod limits;
+mod own_user;
 pub mod qemu;
 pub mod scope;
 mod tsc;
 pub mod vm_processes;
 pub mod vsock;
 
-pub use confinement::ConfinementSupport;
+pub use confinement::{ConfinementSupport, OwnUser};
 pub use control_group::ControlGroup;
 pub use facts::{HostFacts, KvmModule, Nesting};
 pub use kvm::KvmVerdict;

@@ -5,7 +5,6 @@ use nido_api::error::{Error, Result};
 use nido_api::{
     AccelChoice, CheckStatus, DoctorCheck, MachineChoice, NetChoice, WebhookInfo, default_cpus, default_memory_mib,
 };
-use nido_engine::confine::Layer;
 use nido_engine::host::delegation::{Delegation, HostGroups, NotDelegated, VARIABLE};
 use nido_engine::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, kvm, qemu, scope};
 use nido_engine::machine::{self, MachineRequest};
@@ -161,8 +160,7 @@ pub(super) fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorChe
 
 /// How far QEMU's processes are confined.
 pub(super) fn check_confinement(host: &HostFacts) -> DoctorCheck {
-    let names: Vec<_> = host.confinement.layers().into_iter().map(Layer::name).collect();
-    let (names, version) = (names.join(", "), host.confinement.landlock);
+    let (names, version) = (host.confinement.names().join(", "), host.confinement.landlock);
     match host.confinement.shortfall() {
         None => check("confinement", CheckStatus::Ok, format!("QEMU: {names} (Landlock version {version})")),
         Some(missing) => {
