@@ -7,11 +7,11 @@
 
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, fchown, lchown};
 use std::path::Path;
 
 use nido_engine::confine::{Needs, own_user};
-use nido_files::private_dir::SHARED_WITH_GROUP;
+use nido_files::private_dir::{SHARED_WITH_GROUP, make_socket_private};
 use rustix::fs::{Mode, OFlags};
 
 const PRIVATE_DIRECTORY: u32 = 0o700;
@@ -38,6 +38,7 @@ pub(super) fn prepare(needs: &Needs, user: Option<u32>) -> io::Result<()> {
         let opened = open(directory, OFlags::DIRECTORY)?;
         fchown(&opened, None, Some(user))?;
         opened.set_permissions(Permissions::from_mode(SHARED_WITH_GROUP))?;
+        share_sockets(directory, user)?;
     }
     for file in &needs.change {
         share(&open(file, OFlags::empty())?, user, GROUP_READS | GROUP_WRITES)?;
@@ -60,6 +61,19 @@ fn open(path: &Path, kind: OFlags) -> io::Result<File> {
         Mode::empty(),
     )?
     .into())
+}
+
+/// Shares the sockets that the supervisor has bound before the directory was shared; no QEMU runs that could replace them. Those that
+/// are bound later are shared by [`nido_files::private_dir::make_socket_private`].
+fn share_sockets(directory: &Path, group: u32) -> io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_socket() {
+            lchown(entry.path(), None, Some(group))?;
+            make_socket_private(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn share(file: &File, group: u32, bits: u32) -> io::Result<()> {
@@ -128,6 +142,8 @@ mod tests {
         for name in ["vm/disk", "vm/config", "vm/vm.json", "blobs/root", "blobs/memory", "blobs/other"] {
             file(&path(name), 0o600);
         }
+        let _socket = std::os::unix::net::UnixListener::bind(path("vm/qemu/channel.sock")).unwrap();
+        make_socket_private(&path("vm/qemu/channel.sock")).unwrap();
         // What was the disk of a VM before.
         file(&path("blobs/frozen"), 0o660);
         file(&path("program"), 0o755);
@@ -147,6 +163,7 @@ mod tests {
         }
         let expected = [
             ("vm/qemu", SHARED_WITH_GROUP),
+            ("vm/qemu/channel.sock", 0o660),
             ("vm/disk", 0o660),
             ("vm/config", 0o640),
             ("vm/vm.json", 0o600),
