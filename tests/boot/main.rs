@@ -31,6 +31,7 @@ mod lifecycle;
 mod limits;
 mod names;
 mod network;
+mod own_user;
 mod pool;
 mod presets;
 mod rig;

@@ -205,10 +205,8 @@ fn spawn(
         .map_err(broken)?
         .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
     nido_files::failpoint!("launch.locked");
-    // Those that QEMU binds; one that root's QEMU has left could not be replaced by another user's.
-    for socket in [QMP_SOCKET, NETWORK_QEMU_SOCKET] {
-        remove_socket(Path::new(socket)).map_err(broken)?;
-    }
+    // Those that QEMU binds: it cannot replace what another user has left.
+    [QMP_SOCKET, NETWORK_QEMU_SOCKET].iter().try_for_each(|path| remove_socket(Path::new(path))).map_err(broken)?;
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(QEMU_LOG).map_err(broken)?;
     // The last run's words are not this one's: they would be taken for the reason of its end.
     log.set_len(0).map_err(broken)?;

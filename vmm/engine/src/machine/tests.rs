@@ -271,3 +271,28 @@ fn a_missing_layer_is_a_warning_unless_confinement_is_required() {
     assert!(matches!(refused, Refusal::ConfinementRequired { .. }), "{refused}");
     assert!(decide(&strict, &host(WORKS), &qemu_facts()).unwrap().warnings.is_empty());
 }
+
+#[test]
+fn a_user_of_its_own_is_required_of_root_only() {
+    use crate::host::OwnUser;
+    let of = |own_user| HostFacts {
+        confinement: ConfinementSupport { own_user, ..ConfinementSupport::full() },
+        ..host(WORKS)
+    };
+    let strict = MachineRequest { require_confinement: true, ..request() };
+    for (own_user, has_one) in [(OwnUser::NotRoot, false), (OwnUser::Available, true)] {
+        let machine = decide(&strict, &of(own_user), &qemu_facts()).unwrap();
+        assert_eq!(machine.own_user, has_one);
+        assert_eq!(machine.confinement_names().contains(&"own-user".to_owned()), has_one);
+        let stored = serde_json::to_value(&machine).unwrap();
+        // Earlier versions read the list.
+        assert_eq!((stored["confinement"].as_array().unwrap().len(), stored.get("own_user").is_some()), (4, has_one));
+    }
+    let less = of(OwnUser::Unavailable("root has no CAP_SETUID".into()));
+    let machine = decide(&request(), &less, &qemu_facts()).unwrap();
+    assert!(
+        machine.warnings.iter().any(|warning| warning.contains("own-user (root has no CAP_SETUID)")),
+        "{machine:?}"
+    );
+    assert!(matches!(decide(&strict, &less, &qemu_facts()), Err(Refusal::ConfinementRequired { .. })));
+}

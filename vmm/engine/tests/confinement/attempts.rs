@@ -51,6 +51,9 @@ fn escaped_qemu() {
     files_of_the_supervisor();
 
     attempt("read /etc/shadow", fs::read("/etc/shadow").map(drop));
+    attempt("read the environment of process 1", fs::read("/proc/1/environ").map(drop));
+    attempt("read a file of root that its group may read", fs::read(host.join("home/of-group")).map(drop));
+    attempt("write a file of root", write(&host.join("home/secret")));
     attempt("read the secret of the user", fs::read(host.join("home/secret")).map(drop));
     attempt("read the disk of another vm", fs::read(host.join("other-vm/disk.qcow2")).map(drop));
     attempt("read it by a relative name", fs::read("../other-vm/disk.qcow2").map(drop));

@@ -14,9 +14,9 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nido_engine::confine::{Confinement, Layer, Needs, plan};
-use nido_engine::host::ConfinementSupport;
+use nido_engine::confine::{Confinement, Layer, Needs, own_user, plan};
 use nido_engine::host::confinement::probe;
+use nido_engine::host::{ConfinementSupport, OwnUser};
 use nido_engine::qemu::{Launch, QemuExit, QemuProcess};
 use nido_files::lock::HeldLock;
 
@@ -37,7 +37,8 @@ impl Host {
             fs::create_dir_all(path(name)).unwrap();
         }
         let of_supervisor = ["vm/vm.json", "vm/supervisor.log", "vm/snapshots/one/disk.qcow2"];
-        let files = ["other-vm/disk.qcow2", "home/secret", "vm/disk.qcow2", "blobs/root", "blobs/memory"];
+        let files =
+            ["other-vm/disk.qcow2", "home/secret", "home/of-group", "vm/disk.qcow2", "blobs/root", "blobs/memory"];
         for file in files.into_iter().chain(of_supervisor) {
             fs::write(path(file), "content").unwrap();
             fs::set_permissions(path(file), fs::Permissions::from_mode(0o600)).unwrap();
@@ -75,13 +76,19 @@ impl Host {
 
     /// What became of each attempt: `done`, or the system's reason.
     async fn play(&self, layers: Option<&[Layer]>) -> BTreeMap<String, String> {
+        self.play_as(layers, None).await
+    }
+
+    /// The same in a program with a user of its own.
+    async fn play_as(&self, layers: Option<&[Layer]>, user: Option<u32>) -> BTreeMap<String, String> {
         // A process that another test forks at this moment has a copy of the last one until it executes its program.
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         let lock = HeldLock::take(&self.vm().join("vm.lock"), deadline).await.unwrap().unwrap();
         let log_path = self.vm().join("qemu.log");
         let _ = fs::remove_file(&log_path);
         let log = OpenOptions::new().append(true).create(true).open(&log_path).unwrap();
-        let confinement = layers.map(|layers| Confinement::prepare(plan::plan(&self.needs()), layers).unwrap());
+        let confinement =
+            layers.map(|layers| Confinement::prepare_as(plan::plan(&self.needs()), layers, user).unwrap());
         let process = QemuProcess::spawn(Launch {
             program: &std::env::current_exe().unwrap(),
             args: &["--ignored", "--exact", "--nocapture", PLAYER].map(Into::into),
@@ -234,6 +241,84 @@ async fn as_root_nothing_is_left_of_roots_rights() {
     assert_all(&plain, &["mount", "open a raw socket", "make a device"], false);
     if support().shortfall().is_none() {
         assert_all(&host.play(Some(&Layer::ALL)).await, &FOR_ROOT, false);
+    }
+}
+
+/// What root gives to the user of a VM before QEMU starts.
+fn give(host: &Host, user: u32) {
+    let set = |path: &str, group: Option<u32>, mode: u32| {
+        let path = host.dir.path().join(path);
+        std::os::unix::fs::chown(&path, None, group).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    for (path, mode) in [("vm/qemu", 0o3770), ("vm/qemu/channel.sock", 0o660), ("vm/disk.qcow2", 0o660)] {
+        set(path, Some(user), mode);
+    }
+    for (path, mode) in [("blobs/root", 0o604), ("blobs/memory", 0o606), ("vm/facts", 0o604), ("home/of-group", 0o640)]
+    {
+        set(path, None, mode);
+    }
+}
+
+/// With the user alone no file, process or capability of root's is in reach; with all layers nothing but what QEMU needs.
+#[tokio::test]
+async fn as_root_an_escaped_qemu_is_another_user() {
+    let support = support();
+    if support.own_user != OwnUser::Available {
+        eprintln!("SKIPPED: {:?}", support.own_user);
+        return;
+    }
+    let (host, user) = (Host::new("f"), own_user::id_of("f"));
+    give(&host, user);
+    let of_root =
+        ["read the environment of process 1", "read a file of root that its group may read", "write a file of root"];
+    assert_all(&host.play(None).await, &of_root, true);
+    let alone = host.play_as(Some(&[Layer::Namespaces]), Some(user)).await;
+    assert_all(&alone, &NEEDED, true);
+    assert_all(&alone, &of_root, false);
+    assert_all(&alone, &FOR_ROOT, false);
+    let of_processes = ["signal the supervisor", "signal the supervisor by its pidfd", "trace the supervisor"];
+    assert_all(&alone, &of_processes, false);
+    let all = host.play_as(Some(&support.layers()), Some(user)).await;
+    assert_all(&all, &NEEDED, true);
+    for (name, result) in all.iter().filter(|(name, _)| !NEEDED.contains(&name.as_str())) {
+        assert_ne!(result, "done", "{name}");
+    }
+    assert!(Confinement::prepare_as(plan::plan(&host.needs()), &[Layer::Seccomp], Some(user)).is_err());
+}
+
+/// Its device node has the number of the host's, and is open to it alone.
+#[tokio::test]
+async fn as_root_a_device_of_root_is_opened_by_its_own_user() {
+    let kvm = Path::new("/dev/kvm");
+    if support().own_user != OwnUser::Available || !kvm.exists() {
+        eprintln!("SKIPPED: no user of its own, or no KVM");
+        return;
+    }
+    let (host, user) = (Host::new("g"), own_user::id_of("g"));
+    give(&host, user);
+    fs::write(host.vm().join("facts"), "/dev/kvm").unwrap();
+    let needs = Needs { program: "/bin/sh".into(), is_script: true, kvm: true, ..host.needs() };
+    for layers in [&[Layer::Namespaces][..], &support().layers()] {
+        let confinement = Confinement::prepare_as(plan::plan(&needs), layers, Some(user)).unwrap();
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        let lock = HeldLock::take(&host.vm().join("vm.lock"), deadline).await.unwrap().unwrap();
+        let log = File::create(host.vm().join("qemu.log")).unwrap();
+        let process = QemuProcess::spawn(Launch {
+            program: &needs.program,
+            args: &["-c", "exec 3<> /dev/kvm && stat -c '%a %u %t:%T' /dev/kvm && ! : > /dev/other"].map(Into::into),
+            vm_dir: &host.vm(),
+            log,
+            lock: lock.file(),
+            confinement: Some(confinement),
+            file_bytes: None,
+            group: None,
+        });
+        let exit = tokio::time::timeout(Duration::from_secs(60), process.unwrap().wait()).await.unwrap().unwrap();
+        let said = fs::read_to_string(host.vm().join("qemu.log")).unwrap();
+        assert_eq!(exit, QemuExit::Code(0), "{said}");
+        let mode = kvm.metadata().unwrap().permissions().mode();
+        assert!(mode & 0o006 == 0o006 || said.contains(&format!("600 {user} a:")), "{said}");
     }
 }
 
