@@ -46,7 +46,7 @@ fn as_root_every_vm_has_a_qemu_with_a_user_of_its_own() {
     home.nido(["snapshot", "create", "web", "first"]).ok();
     web.exec(["rm", "/root/file"]).ok();
     home.nido(["snapshot", "restore", "web", "first"]).ok();
-    assert_eq!((web.exec(["cat", "/root/file"]).text(), check(&web)), ("kept", ids[0]));
+    assert_eq!((web.exec(["cat", "/root/file"]).text(), check(&web)), ("kept".to_owned(), ids[0]));
     home.nido(["fork", "web", "copy"]).ok();
     let copy = Vm { home: &home, name: "copy" };
     assert_eq!(copy.exec(["cat", "/root/file"]).text(), "kept");
@@ -63,7 +63,7 @@ fn as_root_every_vm_has_a_qemu_with_a_user_of_its_own() {
     assert_eq!(mine.exec(["cat", "/root/file"]).text(), "kept");
 
     web.nido("restart", &[]).ok();
-    assert_eq!((web.exec(["cat", "/root/file"]).text(), check(&web)), ("kept", ids[0]));
+    assert_eq!((web.exec(["cat", "/root/file"]).text(), check(&web)), ("kept".to_owned(), ids[0]));
     // Files stay root's: programs of root without capabilities use them.
     for name in ["disk.qcow2", "console.log", "qemu"] {
         let meta = fs::symlink_metadata(web.dir().join(name)).unwrap();
