@@ -19,6 +19,7 @@ pub mod limits;
 mod own_user;
 pub mod qemu;
 pub mod scope;
+mod trial;
 mod tsc;
 pub mod vm_processes;
 pub mod vsock;

@@ -9,7 +9,7 @@ use nido_files::private_dir::make_private_dir;
 use serde::{Deserialize, Serialize};
 
 use super::cache;
-use super::confinement::{Attempt, CacheKey, cache_key, in_a_child, judge};
+use super::trial::{Attempt, CacheKey, cache_key, in_a_child, judge};
 use crate::confine::{Confinement, Layer, Needs, own_user, plan};
 
 const CACHE_NAME: &str = "own-user.json";
