@@ -6,7 +6,7 @@ use nido_api::{
     AccelChoice, CheckStatus, DoctorCheck, MachineChoice, NetChoice, WebhookInfo, default_cpus, default_memory_mib,
 };
 use nido_engine::host::delegation::{Delegation, HostGroups, NotDelegated, VARIABLE};
-use nido_engine::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, kvm, qemu, scope};
+use nido_engine::host::{HostFacts, KvmVerdict, Nesting, OwnUser, QemuFacts, VsockVerdict, kvm, qemu, scope};
 use nido_engine::machine::{self, MachineRequest};
 
 use crate::nido::create::SPACE_RESERVE_BYTES;
@@ -164,9 +164,15 @@ pub(super) fn check_confinement(host: &HostFacts) -> DoctorCheck {
     match host.confinement.shortfall() {
         None => check("confinement", CheckStatus::Ok, format!("QEMU: {names} (Landlock version {version})")),
         Some(missing) => {
-            check("confinement", CheckStatus::Warning, format!("QEMU: {names}; without {missing}")).hint(
-                "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns) and Landlock (lsm=)",
-            )
+            let hint = match host.confinement.own_user {
+                OwnUser::Unavailable(_) => {
+                    "give root what is missing (in a container, its capabilities), or run nido as an ordinary user"
+                }
+                OwnUser::NotRoot | OwnUser::Available => {
+                    "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns) and Landlock (lsm=)"
+                }
+            };
+            check("confinement", CheckStatus::Warning, format!("QEMU: {names}; without {missing}")).hint(hint)
         }
     }
 }
