@@ -15,6 +15,25 @@ use super::readiness::{AgentRoute, Readiness, reset_identity, warm};
 use super::state::Supervisor;
 use super::{process_limit, trust};
 
+/// What the guest of a VM that is used gets before its first command.
+struct GuestSetup {
+    certificate: Option<String>,
+    process_limit: Option<u32>,
+    was_ready: bool,
+}
+
+impl GuestSetup {
+    /// Installs it. Returns why the guest is not ready if that fails.
+    async fn install(self, route: &AgentRoute, deadline: TokioInstant) -> Option<Readiness> {
+        if let Some(certificate) = self.certificate
+            && let Some(failure) = trust::install(route, &certificate, self.was_ready, deadline).await
+        {
+            return Some(failure);
+        }
+        process_limit::install(route, self.process_limit?, self.was_ready, deadline).await
+    }
+}
+
 impl Supervisor {
     /// Waits for the guest's first reply, on a task of its own.
     pub(super) fn watch_for_agent(&self, running: &RunningQemu) -> oneshot::Receiver<Readiness> {
@@ -38,9 +57,11 @@ impl Supervisor {
         let held = (identity_reset.is_some() && has_link_to_hold(&self.row, &self.machine))
             .then(|| running.monitor().cloned().ok())
             .flatten();
-        let certificate = self.certificate.clone().filter(|_| opens);
-        let process_limit = self.row.spec.max_processes.filter(|_| opens);
-        let was_ready = self.lifecycle.is_ready();
+        let setup = opens.then(|| GuestSetup {
+            certificate: self.certificate.clone(),
+            process_limit: self.row.spec.max_processes,
+            was_ready: self.lifecycle.is_ready(),
+        });
         tokio::spawn(async move {
             let mut answer = match identity_reset {
                 Some((token, identity_reset)) => {
@@ -69,13 +90,9 @@ impl Supervisor {
                     }
                 }
             };
-            if let (Readiness::Yes(_), Some(certificate)) = (&answer, certificate) {
+            if let (Readiness::Yes(_), Some(setup)) = (&answer, setup) {
                 let route = AgentRoute { guest: guest.clone(), channel: door.clone() };
-                answer = trust::install(&route, &certificate, was_ready, deadline).await.unwrap_or(answer);
-            }
-            if let (Readiness::Yes(_), Some(limit)) = (&answer, process_limit) {
-                let route = AgentRoute { guest: guest.clone(), channel: door.clone() };
-                answer = process_limit::install(&route, limit, was_ready, deadline).await.unwrap_or(answer);
+                answer = setup.install(&route, deadline).await.unwrap_or(answer);
             }
             if !opens && matches!(answer, Readiness::Yes(_)) {
                 warm(&AgentRoute { guest: guest.clone(), channel: door.clone() }, deadline).await;
