@@ -4,9 +4,9 @@
 
 use std::time::Duration;
 
-use nido_engine::guest::Link;
+use nido_engine::guest::{Guest, Link};
 use nido_guest_agent::wire::IdentityReset;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::Instant as TokioInstant;
 
 use super::launch::RunningQemu;
@@ -31,6 +31,20 @@ impl GuestSetup {
             return Some(failure);
         }
         process_limit::install(route, self.process_limit?, self.was_ready, deadline).await
+    }
+}
+
+/// Waits for the first reply of a guest that boots.
+async fn wait_for_boot(guest: &Guest, link: Option<watch::Receiver<Link>>, deadline: TokioInstant) -> Readiness {
+    if let Some(mut link) = link {
+        // Dialling before the channel is up would only wait in its queue.
+        let _ = tokio::time::timeout_at(deadline, link.wait_for(|link| *link == Link::Up)).await;
+    }
+    let pong = guest.wait_ready(deadline).await;
+    match pong.inspect_err(|e| tracing::warn!("the guest agent does not reply: {e}")) {
+        Ok(pong) => Readiness::Yes(pong),
+        Err(error) if error.may_pass() => Readiness::Late,
+        Err(error) => Readiness::Refused(error),
     }
 }
 
@@ -78,16 +92,7 @@ impl Supervisor {
                 }
                 None => {
                     door.iter().for_each(|door| door.open(true));
-                    if let Some(mut link) = link {
-                        // Dialling before the channel is up would only wait in its queue.
-                        let _ = tokio::time::timeout_at(deadline, link.wait_for(|link| *link == Link::Up)).await;
-                    }
-                    let pong = guest.wait_ready(deadline).await;
-                    match pong.inspect_err(|e| tracing::warn!("the guest agent does not reply: {e}")) {
-                        Ok(pong) => Readiness::Yes(pong),
-                        Err(error) if error.may_pass() => Readiness::Late,
-                        Err(error) => Readiness::Refused(error),
-                    }
+                    wait_for_boot(&guest, link, deadline).await
                 }
             };
             if let (Readiness::Yes(_), Some(setup)) = (&answer, setup) {
