@@ -19,8 +19,6 @@ use crate::home::{DISK, VmDir};
 
 /// QEMU allocates in clusters and writes several at once: the last write that fits ends so far before the limit at most.
 const UNUSABLE_BYTES: u64 = 4 << 20;
-/// The most that a guest may write beyond its quota until it is ready.
-const START_RESERVE_MAX: u64 = 64 << 20;
 /// How deep directories are below a VM's.
 const DEPTH_MAX: usize = 4;
 /// The message of a hit by the guest.
@@ -56,13 +54,6 @@ impl DiskUsage {
     #[must_use]
     pub fn layer_limit(self, quota: u64) -> u64 {
         quota.saturating_sub(self.others).max(self.layer)
-    }
-
-    /// The same until the guest is ready: its file systems may need room to recover, of which a full quota has none. However often
-    /// it is started, the layer has at most the quota and this.
-    #[must_use]
-    pub fn layer_limit_at_start(self, quota: u64) -> u64 {
-        self.layer_limit(quota.saturating_add((quota / 4).min(START_RESERVE_MAX)))
     }
 
     /// The hit, if a write that failed did so for the quota.
@@ -135,10 +126,6 @@ mod tests {
         let usage = DiskUsage { layer: 10 * MIB, others: 30 * MIB };
         assert_eq!(usage.layer_limit(100 * MIB), 70 * MIB);
         assert_eq!(usage.layer_limit(35 * MIB), 10 * MIB, "never below its length");
-        assert_eq!(usage.layer_limit_at_start(100 * MIB), 95 * MIB);
-        assert_eq!(usage.layer_limit_at_start(4096 * MIB), (4096 + 64 - 30) * MIB);
-        let used = DiskUsage { layer: 95 * MIB, ..usage };
-        assert_eq!(used.layer_limit_at_start(100 * MIB), 95 * MIB, "no more at the next start");
         assert_eq!(usage.hit_by_guest(100 * MIB), None);
         let hit = DiskUsage { layer: 67 * MIB, ..usage }.hit_by_guest(100 * MIB).unwrap();
         assert_eq!((hit.kind, hit.limit, hit.evidence["used_bytes"]), (LimitKind::Disk, Some(100 * MIB), 97 * MIB));

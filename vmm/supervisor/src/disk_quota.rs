@@ -14,10 +14,6 @@ impl Supervisor {
     /// What is left for the VM's own disk layer, for a QEMU that runs.
     pub(super) fn apply_disk_quota(&mut self, running: &RunningQemu) {
         let (Some(quota), Ok(pid)) = (self.disk_quota(), running.pid()) else { return };
-        // Its file systems may still recover.
-        if !self.lifecycle.is_ready() {
-            return;
-        }
         let Ok(usage) = DiskUsage::of(&self.dir) else { return };
         let limit = usage.layer_limit(quota);
         if self.layer_limit == Some(limit) {

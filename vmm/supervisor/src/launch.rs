@@ -256,10 +256,7 @@ fn check_parts<'a>(home: &Home, row: &'a VmRow, disks_and_memory: impl Iterator<
 /// How long the VM's own disk layer may become.
 fn layer_limit(home: &Home, row: &VmRow, quota: u64) -> Result<u64> {
     let usage = DiskUsage::of(&home.vm(&row.id)).map_err(|e| Error::io("cannot read the VM's directory", e))?;
-    Ok(match row.origin {
-        Origin::Boot => usage.layer_limit_at_start(quota),
-        Origin::Fork(_) | Origin::Restore { .. } => usage.layer_limit(quota),
-    })
+    Ok(usage.layer_limit(quota))
 }
 
 /// Prepares what QEMU may do on the host: what was decided with the machine. The working directory is the VM's.
