@@ -29,7 +29,7 @@ pub struct ProcessLimit {
     base: PathBuf,
     /// The agent is in the group above that.
     shares_parent: bool,
-    /// 0: there is none.
+    /// 0: no limit.
     limit: AtomicU32,
     /// Processes that were refused in groups that are gone.
     before: AtomicU64,
@@ -38,7 +38,7 @@ pub struct ProcessLimit {
 }
 
 impl ProcessLimit {
-    /// That of the commands in `base`. There is none yet.
+    /// The limit of the commands in `base`: no limit until it is set.
     pub fn new(base: PathBuf, shares_parent: bool) -> Self {
         let limit = AtomicU32::new(0);
         Self { base, shares_parent, limit, before: AtomicU64::new(0), baseline: AtomicU64::new(0) }
@@ -196,7 +196,7 @@ mod tests {
         group(&base.join("1-0"), 0);
         let limit = ProcessLimit::new(base.clone(), false);
         limit.apply(&base.join("1-0")).unwrap();
-        assert_eq!(max(&base.join("1-0")), "", "there is none yet");
+        assert_eq!(max(&base.join("1-0")), "", "no limit is set yet");
         limit.set(64).unwrap();
         assert_eq!((max(&base), max(&base.join("1-0"))), ("64".into(), "56".into()));
         group(&base.join("1-1"), 0);

@@ -38,7 +38,7 @@ impl ConfinementSupport {
         Self { namespaces_trouble: None, landlock: 7, seccomp: true, own_user: OwnUser::NotRoot }
     }
 
-    /// The layers that can be put in force for QEMU. A user of its own is none of them: see [`Self::own_user`].
+    /// The layers that can be put in force for QEMU. They do not include a user of its own: see [`Self::own_user`].
     #[must_use]
     pub fn layers(&self) -> Vec<Layer> {
         Layer::ALL.into_iter().filter(|layer| self.trouble(*layer).is_none()).collect()
